@@ -1,0 +1,46 @@
+"""What a user may set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+ATTENTION_BACKENDS = ("auto", "reference", "triton")
+
+
+@dataclass(frozen=True)
+class AsyncBatchingConfig:
+    """Settings that only this engine has; pass it in place of `True`: `async_batching=AsyncBatchingConfig(...)`.
+
+    Everything that transformers' own batching can be told stays in `ContinuousBatchingConfig` and `GenerationConfig`.
+
+    Args:
+        overlap (`bool`, *optional*, defaults to `True`):
+            Prepare and launch batch N+1 while batch N computes. `False` keeps one batch in flight: the same engine
+            without the overlap, to measure what the overlap is worth.
+        attention_backend (`str`, *optional*, defaults to `"auto"`):
+            `"triton"` (CUDA), `"reference"` (plain torch, any device), or `"auto"`: Triton on CUDA where it is
+            installed, the reference elsewhere.
+        debug (`bool`, *optional*, defaults to `False`):
+            Fill pages that are given back with NaN and staging buffers with -1, so that a read after release shows
+            in the results. Slow.
+    """
+
+    overlap: bool = True
+    attention_backend: str = "auto"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            raise ValueError(
+                f"attention_backend={self.attention_backend!r} is not known: choose one of {ATTENTION_BACKENDS}"
+            )
+
+    @classmethod
+    def from_flag(cls, flag: bool | AsyncBatchingConfig) -> AsyncBatchingConfig:
+        """What `async_batching=` was given, as a config. Raises `TypeError` for anything but a bool or a config."""
+        if isinstance(flag, cls):
+            return flag
+        if flag is True:
+            return cls()
+        raise TypeError(f"async_batching must be True, False or an AsyncBatchingConfig, got {flag!r}")

@@ -1,0 +1,234 @@
+"""The loop: plan, stage, launch, retire, with up to two batches in flight."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils import logging
+
+from .lanes import Lanes, Slot
+from .model import ModelLoan
+from .pages import Pages
+from .request import Request, Rows
+from .runner import Runner, StepKey
+from .scheduler import Plan, Scheduler
+from .settings import EngineSettings
+
+
+logger = logging.get_logger(__name__)
+
+
+class Mail(NamedTuple):
+    """What users asked for since the last look."""
+
+    requests: list[Request]
+    cancelled: list[str]
+
+
+class Mailbox:
+    """What reaches the loop from other threads, and the condition it waits on when there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._mail = Mail([], [])
+        self._pauses = 0
+        self._parked = False
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Take mail for another run of the loop; what has been posted before it stays."""
+        with self._condition:
+            self._closed: str | None = None
+            self.stopping = False
+            self.hard = False
+
+    def post(self, *requests: Request) -> None:
+        """Raises `RuntimeError` when the loop takes no more requests."""
+        with self._condition:
+            if self._closed is None and self.stopping:
+                raise RuntimeError("the manager is stopping and takes no more requests")
+            if self._closed is not None:
+                raise RuntimeError(f"the manager takes no more requests: {self._closed}")
+            self._mail.requests.extend(requests)
+            self._condition.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        with self._condition:
+            self._mail.cancelled.append(request_id)
+            self._condition.notify_all()
+
+    def ask_to_stop(self, hard: bool) -> None:
+        with self._condition:
+            self.stopping = True
+            self.hard |= hard
+            self._condition.notify_all()
+
+    def pause(self) -> None:
+        """Block until the loop has nothing in flight and stands still. Raises `RuntimeError` if it has ended."""
+        with self._condition:
+            self._pauses += 1
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._parked or self._closed is not None)
+            if self._closed is not None:
+                self._pauses -= 1
+                raise RuntimeError(f"the manager cannot pause: {self._closed}")
+
+    def resume(self) -> None:
+        with self._condition:
+            self._pauses -= 1
+            self._condition.notify_all()
+
+    def pending(self) -> list[Request]:
+        """Requests posted that the loop has not read."""
+        with self._condition:
+            return list(self._mail.requests)
+
+    # For the loop:
+
+    def read(self, wait: bool) -> Mail:
+        """All mail; with `wait`, once there is some, or a stop or a pause is asked for."""
+        with self._condition:
+            if wait:
+                self._condition.wait_for(lambda: any(self._mail) or self.stopping or self._pauses)
+            mail, self._mail = self._mail, Mail([], [])
+            return mail
+
+    @property
+    def pausing(self) -> bool:
+        return self._pauses > 0
+
+    @property
+    def done(self) -> bool:
+        """A stop was asked for, and nothing was posted before it that the loop has not read."""
+        with self._condition:
+            return self.stopping and not self._mail.requests
+
+    def park(self) -> None:
+        """Stand still until every pause is over."""
+        with self._condition:
+            self._parked = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: not self._pauses)
+            self._parked = False
+
+    def close(self, reason: str) -> list[Request]:
+        """Take no more mail; returns the requests that nobody has read."""
+        with self._condition:
+            self._closed = reason
+            self._condition.notify_all()
+            unread, self._mail = self._mail.requests, Mail([], [])
+            return unread
+
+
+class Flight(NamedTuple):
+    """A step on its way."""
+
+    plan: Plan
+    key: StepKey
+    slot: Slot
+
+
+class Engine:
+    """Continuous batching over one borrowed model.
+
+        CPU       plan N+1 · stage · launch │ wait for N │ retire N │ plan N+2 · stage · launch │ wait for N+1 │ ...
+        device    ──────────── step N ──────────────┤├──────── step N+1 ──────────────┤├──── step N+2 ───
+
+    `plan` needs no token's value, only lengths, so step N+1 is on its way before the tokens of step N are known. Those
+    stay on the device, where the next step reads them. A request that ends at its length limit is known to end when it
+    is planned; one that ends by an EOS is found out one step late, and that step's token for it is discarded.
+
+    `overlap=False` retires each step before the next is planned. It is the same loop with a depth of one.
+
+    Args:
+        loan (`ModelLoan`): the model, borrowed.
+        shapes (`dict`): what `loan.probe()` found.
+        settings (`EngineSettings`): every size.
+    """
+
+    def __init__(self, loan: ModelLoan, shapes: dict, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.depth = Lanes.DEPTH if settings.overlap else 1
+        rows = Rows(settings.rows, settings.columns, settings.logprobs)
+        pages = Pages(settings.pages, settings.page_size)
+        self.scheduler = Scheduler(rows, pages, settings.token_budget, settings.max_tokens, settings.reserve)
+        self.runner = Runner(
+            loan, shapes, settings.pages, settings.page_size, rows, settings.token_budget, settings.backend,
+            settings.graphs, settings.logprobs, settings.debug,
+        )  # fmt: skip
+        self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
+        self.steps = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and answer that a request can have."""
+        return self.settings.columns * self.settings.page_size
+
+    @torch.no_grad()
+    def run(self, mailbox: Mailbox, deliver: Callable[[list[GenerationOutput]], None]) -> None:
+        """The loop. Returns when a stop was asked for and every request has ended."""
+        if self.runner.device.type == "cuda":
+            torch.cuda.set_device(self.runner.device)
+        flights: deque[Flight] = deque()
+        while True:
+            if mailbox.pausing:
+                while flights:
+                    self._retire(flights.popleft())
+                deliver(self.scheduler.take_outputs())
+                mailbox.park()
+            self._read(mailbox, wait=self.scheduler.idle and not flights)
+
+            plan = self.scheduler.plan()
+            if plan is not None:
+                flights.append(self._launch(plan))
+            if flights and (plan is None or len(flights) == self.depth):
+                self._retire(flights.popleft())
+            elif plan is None and not self.scheduler.idle:
+                raise RuntimeError("requests wait, nothing is in flight, and nothing can be planned")
+
+            if outputs := self.scheduler.take_outputs():
+                deliver(outputs)
+            if not flights and self.scheduler.idle:
+                self.scheduler.check_books()
+                if mailbox.done:
+                    return
+
+    def _read(self, mailbox: Mailbox, wait: bool) -> None:
+        mail = mailbox.read(wait)
+        for request in mail.requests:
+            self.scheduler.add(request)
+        for request_id in mail.cancelled:
+            self.scheduler.cancel(request_id, f"request {request_id} was cancelled")
+        if mailbox.hard:
+            self.scheduler.fail_all("the manager was stopped before the request finished")
+
+    def _launch(self, plan: Plan) -> Flight:
+        key = self.runner.key_for(plan)
+        slot = self.lanes.stage()
+        self.runner.stage(plan, key, slot.array_in)
+        rows = key.bucket.rows
+        self.lanes.launch(
+            slot,
+            self.runner.words(key.bucket),
+            rows * 2 if self.settings.logprobs else rows,
+            take=lambda: self.runner.take(key, slot),
+            step=lambda: self.runner.step(key, slot),
+        )
+        self.steps += 1
+        return Flight(plan, key, slot)
+
+    def _retire(self, flight: Flight) -> None:
+        out = self.lanes.collect(flight.slot)
+        sequences, rows = len(flight.plan.rows), flight.key.bucket.rows
+        logprobs = out[rows : rows + sequences].view(np.float32) if self.settings.logprobs else None
+        self.scheduler.retire(flight.plan, out[:sequences], logprobs)
+        released = self.scheduler.take_released()
+        if self.settings.debug and released:
+            pages = np.concatenate(released)
+            self.lanes.compute.run(lambda: self.runner.poison(pages))

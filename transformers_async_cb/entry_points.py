@@ -1,0 +1,140 @@
+"""transformers' three ways into batching, on this engine."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils import logging
+
+from .config import AsyncBatchingConfig
+from .manager import AsyncBatchingManager
+from .settings import Workload
+
+
+logger = logging.get_logger(__name__)
+
+# Where a persistent manager waits on the model; transformers' own is under another name, so neither finds the other's.
+CACHED = "_async_batching_manager"
+
+
+def init_continuous_batching(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    workload_hints: Any = None,
+    *,
+    async_batching: bool | AsyncBatchingConfig = True,
+    overrides: dict[str, Any] | None = None,
+) -> AsyncBatchingManager:
+    """A manager for `model`, not started; the persistent one if there is one and its settings are the same."""
+    own = AsyncBatchingConfig.from_flag(async_batching)
+    workload = workload_hints if isinstance(workload_hints, Workload) else Workload.from_hints(workload_hints)
+    if continuous_batching_config is None:
+        continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
+    cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
+    if cached is None:
+        return AsyncBatchingManager(model, generation_config, continuous_batching_config, own, workload, overrides)
+    if own != cached.async_config or continuous_batching_config not in (None, cached.continuous_batching_config):
+        raise ValueError(
+            "this model has a persistent manager with other settings: call "
+            "model.destroy_cached_continuous_batching_manager() first"
+        )
+    cached.configure(generation_config, overrides)
+    cached.workload = workload
+    return cached
+
+
+@contextmanager
+def continuous_batching_context_manager(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig | None = None,
+    block: bool = True,
+    timeout: float | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    persistent_manager: bool = False,
+    warmup: bool = True,
+    workload_hints: Any = None,
+    *,
+    async_batching: bool | AsyncBatchingConfig = True,
+    overrides: dict[str, Any] | None = None,
+) -> Generator[AsyncBatchingManager]:
+    """A started manager; stopped at the end of the block, at once if that ends with an exception."""
+    manager = init_continuous_batching(
+        model, generation_config, continuous_batching_config, workload_hints,
+        async_batching=async_batching, overrides=overrides,
+    )  # fmt: skip
+    manager.start()
+    try:
+        yield manager
+    except BaseException:
+        manager.stop(hard_stop=True)
+        raise
+    manager.stop(block=block, timeout=timeout, keep_for_next_session=persistent_manager)
+
+
+def destroy_cached_manager(model: PreTrainedModel) -> None:
+    """Forget the persistent manager, if there is one."""
+    manager: AsyncBatchingManager | None = getattr(model, CACHED, None)
+    if manager is not None:
+        manager.destroy()
+        delattr(model, CACHED)
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    inputs: Sequence[Sequence[int]],
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    record_timestamps: bool = False,
+    progress_bar: bool = False,
+    persistent_manager: bool = False,
+    warmup: bool = True,
+    *,
+    async_batching: bool | AsyncBatchingConfig = True,
+    **overrides: Any,
+) -> dict[str, GenerationOutput]:
+    """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
+
+    Args are those of transformers' `generate_batch`; other keyword arguments are generation settings, as for
+    `model.generate`.
+
+    Raises:
+        ValueError: an input or a setting is not valid; nothing has run then.
+    """
+    if len(inputs) == 0:
+        return {}
+    manager = init_continuous_batching(
+        model, generation_config, continuous_batching_config, None, async_batching=async_batching, overrides=overrides
+    )
+    # Everything is checked before anything runs, and the cache is sized for what was checked.
+    request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)
+    manager.size_for_pending()
+    finished: dict[str, GenerationOutput] = {}
+    progress = tqdm(
+        total=len(request_ids), disable=not progress_bar, desc=f"Solving {len(request_ids)} requests", unit="request"
+    )
+    try:
+        manager.start()
+        with progress:
+            while len(finished) < len(request_ids):
+                output = manager.get_result()
+                if output is None:
+                    break
+                finished[output.request_id] = output
+                progress.update()
+    except BaseException:
+        manager.destroy()
+        destroy_cached_manager(model)
+        raise
+    manager.stop(keep_for_next_session=persistent_manager)
+    failed = [request_id for request_id in request_ids if finished[request_id].error is not None]
+    if failed:
+        logger.error(
+            f"{len(failed)} of {len(request_ids)} requests failed, the first with: {finished[failed[0]].error}"
+        )
+    return {request_id: finished[request_id] for request_id in request_ids}

@@ -1,0 +1,219 @@
+"""Three lanes, two slots, and the events that order them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+class Event(Protocol):
+    """A point in a lane's work."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the lane got there; raise what made the lane fail."""
+
+
+class Lane(Protocol):
+    """Work done one piece after another, in the order given, beside the calling thread."""
+
+    def run(self, work: Callable[[], None]) -> None: ...
+
+    def record(self) -> Event: ...
+
+    def wait(self, event: Event | None) -> None:
+        """Hold back all later work until `event`; `None` is an event that has passed."""
+
+    def close(self) -> None: ...
+
+
+class CudaLane:
+    """A CUDA stream. `run` enqueues: the work's kernels are on the stream when it returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+
+    def run(self, work: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def record(self) -> Event:
+        return self.stream.record_event()
+
+    def wait(self, event: Event | None) -> None:
+        if event is not None:
+            self.stream.wait_event(event)
+
+    def close(self) -> None:
+        self.stream.synchronize()
+
+
+class HostEvent:
+    def __init__(self, reached: Future) -> None:
+        self._reached = reached
+
+    def synchronize(self) -> None:
+        self._reached.result()
+
+
+class HostLane:
+    """One thread that does what a stream does. After the first piece of work that fails, none is done any more."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"async-batching-{name}")
+        self._error: BaseException | None = None
+
+    def run(self, work: Callable[[], None]) -> None:
+        self._executor.submit(self._do, work)
+
+    def record(self) -> Event:
+        return HostEvent(self._executor.submit(self._arrive))
+
+    def wait(self, event: Event | None) -> None:
+        if event is not None:
+            self.run(event.synchronize)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                with torch.no_grad():
+                    work()
+            except BaseException as error:
+                self._error = error
+
+    def _arrive(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class Slot:
+    """The buffers of one step on its way in and out, and the last event of each.
+
+    Args:
+        words_in (`int`), words_out (`int`): sizes, in int32 words.
+        device (`torch.device`): where the step computes; host buffers are pinned if it is a CUDA device.
+    """
+
+    def __init__(self, words_in: int, words_out: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.host_in = torch.empty(words_in, dtype=torch.int32, pin_memory=pinned)
+        self.host_out = torch.empty(words_out, dtype=torch.int32, pin_memory=pinned)
+        self.device_in = torch.empty(words_in, dtype=torch.int32, device=device)
+        self.device_out = torch.empty(words_out, dtype=torch.int32, device=device)
+        self.array_in: np.ndarray = self.host_in.numpy()
+        self.array_out: np.ndarray = self.host_out.numpy()
+        self.staged: Event | None = None  # host_in has been read, device_in is written
+        self.consumed: Event | None = None  # device_in has been read
+        self.computed: Event | None = None  # device_out is written
+        self.returned: Event | None = None  # device_out has been read, host_out is written
+
+
+class Lanes:
+    """Two slots used in turn, so that one step travels while another computes.
+
+        CPU       stage N+1 │ launch N+1 │ collect N ............│ stage N+2 │ ...
+        copy-in             └─ N+1 ─► staged
+        compute   ───── step N ─────► computed ┃ wait staged: take N+1 ─► consumed ── step N+1 ──► computed
+        copy-out                      └─ wait computed: N ─► returned
+
+    Every edge, for the buffers of slot s:
+
+    | buffer       | written by     | may be rewritten when                          | kept by                      |
+    |--------------|----------------|------------------------------------------------|------------------------------|
+    | `host_in`    | CPU            | the copy-in that read it is done               | `stage` blocks on `staged`   |
+    | `device_in`  | copy-in lane   | compute has taken it into its static inputs    | copy-in waits for `consumed` |
+    | static input | compute lane   | the step that reads it is done                 | the lane's own order         |
+    | `device_out` | compute lane   | the copy-out that read it is done              | compute waits for `returned` |
+    | `host_out`   | copy-out lane  | the CPU has collected it                       | `launch` asserts it          |
+
+    and for the reads: compute waits for `staged`, copy-out for `computed`, the CPU (in `collect`) for `returned`.
+    What lives longer than a step (page table, last tokens, sampling parameters, the cache) is touched by the compute
+    lane alone, in its order.
+
+    Args:
+        device (`torch.device`): CUDA gives streams and pinned memory, anything else one thread a lane.
+        words_in (`int`), words_out (`int`): the largest step, in int32 words.
+        poison (`bool`): fill `host_in` with -1 before it is staged.
+    """
+
+    DEPTH = 2
+
+    def __init__(self, device: torch.device, words_in: int, words_out: int, poison: bool = False) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.copy_in, self.compute, self.copy_out = (CudaLane(device) for _ in range(3))
+        else:
+            self.copy_in, self.compute, self.copy_out = (HostLane(n) for n in ("copy-in", "compute", "copy-out"))
+        self._poison = poison
+        self._slots = [Slot(words_in, words_out, device) for _ in range(self.DEPTH)]
+        self._turn = 0
+        self._uncollected = 0
+        self.enter()
+        if device.type == "cuda":  # the slots were allocated on the caller's stream
+            torch.cuda.current_stream(device).synchronize()
+
+    def enter(self) -> None:
+        """Order all later work of the lanes after what the calling thread has enqueued on its current stream."""
+        if self.device.type == "cuda":
+            event = torch.cuda.current_stream(self.device).record_event()
+            for lane in (self.copy_in, self.compute, self.copy_out):
+                lane.wait(event)
+
+    def leave(self) -> None:
+        """Order all later work of the calling thread's current stream after what the lanes were given."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(self.compute.record())
+
+    def stage(self) -> Slot:
+        """The slot whose turn it is, `array_in` free to be written."""
+        slot = self._slots[self._turn]
+        if slot.staged is not None:
+            slot.staged.synchronize()
+        if self._poison:
+            slot.array_in.fill(-1)
+        return slot
+
+    def launch(
+        self, slot: Slot, words_in: int, words_out: int, take: Callable[[], None], step: Callable[[], None]
+    ) -> None:
+        """Send a staged slot on its way: copy in, `take`, `step`, copy out. Returns at once.
+
+        Args:
+            words_in (`int`), words_out (`int`): how much of the slot's buffers this step uses.
+            take (`Callable`): on the compute lane, copies `device_in` into static inputs.
+            step (`Callable`): on the compute lane, computes and writes `device_out`.
+        """
+        assert self._uncollected < self.DEPTH, "a slot was launched again before its step was collected"
+        self._uncollected += 1
+        self._turn = (self._turn + 1) % self.DEPTH
+
+        self.copy_in.wait(slot.consumed)
+        self.copy_in.run(lambda: slot.device_in[:words_in].copy_(slot.host_in[:words_in], non_blocking=True))
+        slot.staged = self.copy_in.record()
+
+        self.compute.wait(slot.staged)
+        self.compute.run(take)
+        slot.consumed = self.compute.record()
+        self.compute.wait(slot.returned)
+        self.compute.run(step)
+        slot.computed = self.compute.record()
+
+        self.copy_out.wait(slot.computed)
+        self.copy_out.run(lambda: slot.host_out[:words_out].copy_(slot.device_out[:words_out], non_blocking=True))
+        slot.returned = self.copy_out.record()
+
+    def collect(self, slot: Slot) -> np.ndarray:
+        """Wait for a launched slot's results: int32, valid until the slot is launched again."""
+        slot.returned.synchronize()
+        self._uncollected -= 1
+        return slot.array_out
+
+    def close(self) -> None:
+        for lane in (self.copy_in, self.compute, self.copy_out):
+            lane.close()

@@ -1,0 +1,193 @@
+"""The nouns: one request, how it picks its tokens, and the arrays that hold the running ones."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from transformers.generation.continuous_batching import RequestStatus
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+
+class Sampling(NamedTuple):
+    """How a request picks its tokens: a `temperature` of 0 means greedy, a `top_k` of 0 and a `top_p` of 1 off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0  # 64 bits
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request, from the door to its last token.
+
+    `tokens`, `logprobs` and `timestamps` are current only while the request holds no row; a running request's values
+    are in `Rows`.
+    """
+
+    id: str
+    tokens: np.ndarray  # int32 [prompt + generated so far]
+    prompt_length: int
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    eos_ids: tuple[int, ...] = ()
+    streaming: bool = False
+    record_timestamps: bool = False
+    arrival: int = 0
+    created_time: float = field(default_factory=time.perf_counter)
+    status: RequestStatus = RequestStatus.PENDING
+    error: str | None = None
+    started_time: float = -1
+    finished_time: float = -1
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [generated so far]
+    timestamps: np.ndarray = field(default_factory=lambda: np.empty(0, np.float64))  # [generated so far], seconds
+
+    @property
+    def total_limit(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return self.prompt_length + self.max_new_tokens
+
+    def start(self) -> None:
+        if self.status == RequestStatus.PENDING:
+            self.started_time = time.perf_counter()
+        self.status = RequestStatus.PREFILLING
+
+    def finish(self, error: str | None = None) -> None:
+        self.error = error
+        self.status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
+        self.finished_time = time.perf_counter()
+
+    def output(self) -> GenerationOutput:
+        """What the user gets: transformers' own record, with copies of the values so far."""
+        return GenerationOutput(
+            request_id=self.id,
+            prompt_ids=self.tokens[: self.prompt_length].tolist(),
+            generated_tokens=self.tokens[self.prompt_length :].tolist(),
+            logprobs=self.logprobs.tolist(),
+            error=self.error,
+            status=self.status,
+            created_time=self.created_time,
+            lifespan=(self.started_time, self.finished_time),
+            timestamps=self.timestamps.tolist() if self.record_timestamps else None,
+        )
+
+
+class Phase(IntEnum):
+    """What a row is doing. From `PREEMPTED` on it is not planned again, and only waits for its last step."""
+
+    FREE = 0
+    RUNNING = 1
+    PREEMPTED = 2  # still takes the token of its last step, then waits for room again
+    ENDED = 3  # its result is out; the token of its last step is discarded
+
+
+class Rows:
+    """The running requests as arrays: one row each, for as long as it runs.
+
+    `known <= total`: a token counts in `total` when the step that samples it is planned, in `known` when its value
+    has come back. `computed` counts the tokens whose keys and values are planned to be in the cache. A row decodes
+    when all but its last token are computed.
+
+    Args:
+        count (`int`): rows there are.
+        columns (`int`): pages one row can hold.
+        with_logprobs (`bool`): keep one log-probability a token.
+    """
+
+    def __init__(self, count: int, columns: int, with_logprobs: bool) -> None:
+        self.count = count
+        self.phase = np.zeros(count, np.int8)
+        self.arrival = np.zeros(count, np.int64)
+        self.prefill = np.zeros(count, np.int64)  # tokens to compute before the first sample
+        self.computed = np.zeros(count, np.int64)
+        self.known = np.zeros(count, np.int64)
+        self.total = np.zeros(count, np.int64)
+        self.limit = np.zeros(count, np.int64)  # `total` at which the row is done
+        self.in_flight = np.zeros(count, np.int8)  # steps launched and not yet retired
+        self.streaming = np.zeros(count, bool)
+        self.sampled = np.zeros(count, bool)  # not greedy
+        self.filtered = np.zeros(count, bool)  # top-k or top-p
+        self.eos = np.full((count, 1), -1, np.int32)
+        self.page_count = np.zeros(count, np.int64)
+        self.pages = np.zeros((count, columns), np.int32)
+        self.tokens = np.zeros((count, 64), np.int32)
+        self.logprobs = np.zeros((count, 64), np.float32) if with_logprobs else None
+        self.timestamps: np.ndarray | None = None  # made when a request first asks for them
+        self.request: list[Request | None] = [None] * count
+        self._free = list(range(count - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self, request: Request, limit: int) -> int:
+        """Give `request` a row and copy its state in. `limit` is the total number of tokens it may reach."""
+        row = self._free.pop()
+        known = len(request.tokens)
+        self._widen(known + 1)
+        self.request[row] = request
+        self.phase[row] = Phase.RUNNING
+        self.arrival[row] = request.arrival
+        self.prefill[row] = self.known[row] = self.total[row] = known
+        self.computed[row] = self.page_count[row] = self.in_flight[row] = 0
+        self.limit[row] = limit
+        self.streaming[row] = request.streaming
+        self.sampled[row] = request.sampling.temperature > 0
+        self.filtered[row] = self.sampled[row] and (request.sampling.top_k > 0 or request.sampling.top_p < 1)
+        if len(request.eos_ids) > self.eos.shape[1]:
+            grown = np.full((self.count, len(request.eos_ids)), -1, np.int32)
+            grown[:, : self.eos.shape[1]] = self.eos
+            self.eos = grown
+        self.eos[row] = -1
+        self.eos[row, : len(request.eos_ids)] = request.eos_ids
+        self.tokens[row, :known] = request.tokens
+        if self.logprobs is not None:
+            self.logprobs[row, request.prompt_length : known] = request.logprobs
+        if request.record_timestamps:
+            if self.timestamps is None:
+                self.timestamps = np.zeros(self.tokens.shape, np.float64)
+            self.timestamps[row, request.prompt_length : known] = request.timestamps
+        request.start()
+        return row
+
+    def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None, now: float) -> None:
+        """Write the next token's value of each of `rows`."""
+        at = self.known[rows]
+        if len(rows) and at.max() >= self.tokens.shape[1]:
+            self._widen(int(at.max()) + 1)
+        self.tokens[rows, at] = tokens
+        if self.logprobs is not None:
+            self.logprobs[rows, at] = logprobs
+        if self.timestamps is not None:
+            self.timestamps[rows, at] = now
+        self.known[rows] = at + 1
+
+    def save(self, row: int) -> Request:
+        """Copy a row's values so far into its request."""
+        request, known = self.request[row], int(self.known[row])
+        request.tokens = self.tokens[row, :known].copy()
+        if self.logprobs is not None:
+            request.logprobs = self.logprobs[row, request.prompt_length : known].copy()
+        if request.record_timestamps:
+            request.timestamps = self.timestamps[row, request.prompt_length : known].copy()
+        return request
+
+    def give_back(self, row: int) -> None:
+        self.request[row] = None
+        self.phase[row] = Phase.FREE
+        self._free.append(row)
+
+    def _widen(self, width: int) -> None:
+        have = self.tokens.shape[1]
+        if width <= have:
+            return
+        extra = ((0, 0), (0, max(width, 2 * have) - have))
+        self.tokens = np.pad(self.tokens, extra)
+        if self.logprobs is not None:
+            self.logprobs = np.pad(self.logprobs, extra)
+        if self.timestamps is not None:
+            self.timestamps = np.pad(self.timestamps, extra)

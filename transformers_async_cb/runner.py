@@ -1,0 +1,279 @@
+"""One step on the device: packed inputs, the model's forward, the next tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from .attention import LayerShape, PagedLayer, Step
+from .lanes import Slot
+from .model import ModelLoan
+from .pages import Pages
+from .request import Rows
+from .sampling import PARAMETER_WORDS, Flavour, Parameters, pick
+from .scheduler import Plan
+
+
+logger = logging.get_logger(__name__)
+
+
+class StepArrays(NamedTuple):
+    """The packed int32 inputs of a step, as views of one buffer: numpy on the host, torch on the device."""
+
+    ids: np.ndarray | torch.Tensor  # [T] token id, or -1 - row: the row's last token, which is on the device
+    positions: np.ndarray | torch.Tensor  # [T]
+    token_rows: np.ndarray | torch.Tensor  # [T]
+    rows: np.ndarray | torch.Tensor  # [B]
+    query_starts: np.ndarray | torch.Tensor  # [B + 1]
+    lengths: np.ndarray | torch.Tensor  # [B]
+    stores: np.ndarray | torch.Tensor  # [B] row whose last token the sample becomes, or the padding row
+    cells: np.ndarray | torch.Tensor  # [P] entries of the flat page table to write
+    pages: np.ndarray | torch.Tensor  # [P]
+    fresh: np.ndarray | torch.Tensor  # [F] rows whose parameters to write
+    parameters: np.ndarray | torch.Tensor  # [F * PARAMETER_WORDS]
+
+
+class Bucket(NamedTuple):
+    """The size of a step: `tokens` and `rows` after padding. Decoding steps have as many of one as of the other."""
+
+    tokens: int
+    rows: int
+    decode_only: bool
+
+    def sizes(self, page_size: int) -> tuple[int, ...]:
+        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages."""
+        cells = self.rows if self.decode_only else self.rows + self.tokens // page_size
+        fresh = 0 if self.decode_only else self.rows
+        t, r = self.tokens, self.rows
+        return (t, t, t, r, r + 1, r, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
+
+
+class StepKey(NamedTuple):
+    """What a captured step is made for."""
+
+    bucket: Bucket
+    flavour: Flavour
+
+
+def row_buckets(largest: int) -> list[int]:
+    """1, 2, 4, 8, then steps of an eighth of the next power of two, at least 8."""
+    sizes, size = [], 1
+    while size < largest:
+        sizes.append(size)
+        size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
+    return [*sizes, largest]
+
+
+def token_buckets(largest: int) -> list[int]:
+    """From 64 up in steps of an eighth of the next power of two."""
+    sizes, size = [], min(64, largest)
+    while size < largest:
+        sizes.append(size)
+        size += max(8, 2 ** (size.bit_length() - 3))
+    return [*sizes, largest]
+
+
+class Runner:
+    """Runs plans on the model.
+
+    On CUDA a step is padded to its bucket, and from a bucket's second use on it is one graph replay. Elsewhere it has
+    the size of its plan and is computed as it comes.
+
+    Args:
+        loan (`ModelLoan`): the model, borrowed.
+        shapes (`dict`): what `loan.probe()` found.
+        pages (`int`): pages of the cache that can be handed out, beside the padding page.
+        rows (`Rows`): the running requests.
+        token_budget (`int`): the largest step.
+        backend (`str`): of attention.
+        graphs (`bool`): replay captured steps.
+        with_logprobs (`bool`): compute log-probabilities.
+        debug (`bool`): start with a cache of NaN.
+    """
+
+    def __init__(
+        self,
+        loan: ModelLoan,
+        shapes: dict[torch.nn.Module, LayerShape],
+        pages: int,
+        page_size: int,
+        rows: Rows,
+        token_budget: int,
+        backend: str,
+        graphs: bool,
+        with_logprobs: bool,
+        debug: bool,
+    ) -> None:
+        self.loan = loan
+        self.device = loan.model.device
+        self.rows = rows
+        self.page_size = page_size
+        self.with_logprobs = with_logprobs
+        self.pads = self.device.type == "cuda"
+        self.graphs = graphs
+        self.padding_row = rows.count
+        self.row_buckets = row_buckets(rows.count)
+        self.token_buckets = token_buckets(token_budget)
+
+        largest = Bucket(token_budget, rows.count, False)
+        self.words_in = sum(largest.sizes(page_size))
+        self.words_out = rows.count * (2 if with_logprobs else 1)
+        columns = rows.pages.shape[1]
+        on_device = {"dtype": torch.int32, "device": self.device}
+        self.static_in = torch.zeros(self.words_in, **on_device)
+        self.static_out = torch.zeros(self.words_out, **on_device)
+        self.page_table = torch.full((rows.count + 1, columns), Pages.PADDING, **on_device)
+        self.last_tokens = torch.zeros(rows.count + 1, **on_device)
+        self.parameters = torch.zeros(rows.count + 1, PARAMETER_WORDS, **on_device)
+
+        self.layers = {
+            module: PagedLayer(
+                *(
+                    torch.empty(pages + 1, page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device)
+                    for dim in (shape.key_dim, shape.value_dim)
+                ),
+                loan.holder,
+                backend,
+            )
+            for module, shape in shapes.items()
+        }
+        for layer in self.layers.values():
+            for storage in (layer.key_pages, layer.value_pages):
+                if debug:
+                    storage.fill_(torch.nan)
+                storage[Pages.PADDING] = 0
+        self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        self._storages: list[int] = []
+
+    def attach(self) -> None:
+        """Give the model's layers their pages. Weights that have moved since the last time void what was captured."""
+        self.loan.attach(self.layers)
+        storages = self.loan.storages()
+        if storages != self._storages:
+            self._graphs.clear()
+            self._storages = storages
+
+    # ------------------------------------------------------------------------------------------------ host
+
+    def key_for(self, plan: Plan) -> StepKey:
+        decode_only = plan.decodes == len(plan.rows)
+        tokens, rows = plan.tokens, len(plan.rows)
+        if self.pads:
+            if decode_only:
+                tokens = rows = self.row_buckets[np.searchsorted(self.row_buckets, rows)]
+            else:
+                tokens, rows = self.token_buckets[np.searchsorted(self.token_buckets, tokens)], self.rows.count
+        flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs)
+        return StepKey(Bucket(tokens, rows, decode_only), flavour)
+
+    def words(self, bucket: Bucket) -> int:
+        return sum(bucket.sizes(self.page_size))
+
+    def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
+        """Write a plan's packed inputs into a pinned buffer, padding included."""
+        a = self._arrays(key.bucket, buffer)
+        r, decodes, sequences, padding = self.rows, plan.decodes, len(plan.rows), self.padding_row
+        a.ids[:decodes] = -1 - plan.rows[:decodes]
+        a.positions[:decodes] = plan.starts[:decodes]
+        a.token_rows[:decodes] = plan.rows[:decodes]
+        at = decodes
+        for row, start, count in zip(
+            plan.rows[decodes:].tolist(), plan.starts[decodes:].tolist(), plan.counts[decodes:].tolist(), strict=True
+        ):
+            a.ids[at : at + count] = r.tokens[row, start : start + count]
+            a.positions[at : at + count] = np.arange(start, start + count)
+            a.token_rows[at : at + count] = row
+            at += count
+        a.ids[at:] = 0
+        a.positions[at:] = 0
+        a.token_rows[at:] = padding
+        a.rows[:sequences] = plan.rows
+        a.rows[sequences:] = padding
+        a.query_starts[0] = 0
+        np.cumsum(plan.counts, out=a.query_starts[1 : sequences + 1])
+        a.query_starts[sequences + 1 :] = at
+        a.lengths[:sequences] = plan.starts + plan.counts
+        a.lengths[sequences:] = 0
+        a.stores[:sequences] = np.where(plan.samples, plan.rows, padding)
+        a.stores[sequences:] = padding
+        a.cells[: len(plan.cells)] = plan.cells
+        a.cells[len(plan.cells) :] = padding * r.pages.shape[1]
+        a.pages[: len(plan.pages)] = plan.pages
+        a.pages[len(plan.pages) :] = Pages.PADDING
+        a.fresh[: len(plan.fresh)] = plan.fresh
+        a.fresh[len(plan.fresh) :] = padding
+        parameters = a.parameters.reshape(-1, PARAMETER_WORDS)
+        parameters[len(plan.fresh) :] = 0
+        for line, row in zip(parameters, plan.fresh, strict=False):
+            sampling = r.request[row].sampling
+            line.view(np.float32)[:2] = sampling.temperature, sampling.top_p
+            line[2:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
+
+    def _arrays(self, bucket: Bucket, buffer: np.ndarray | torch.Tensor) -> StepArrays:
+        arrays, at = [], 0
+        for size in bucket.sizes(self.page_size):
+            arrays.append(buffer[at : at + size])
+            at += size
+        return StepArrays(*arrays)
+
+    # ------------------------------------------------------------------------------------------------ device
+
+    def take(self, key: StepKey, slot: Slot) -> None:
+        """Copy a slot's inputs to where captured steps read them."""
+        words = self.words(key.bucket)
+        self.static_in[:words].copy_(slot.device_in[:words], non_blocking=True)
+
+    def step(self, key: StepKey, slot: Slot) -> None:
+        """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`."""
+        graph = self._graphs.get(key)
+        if graph is None and self.graphs and key in self._graphs:
+            graph = self._graphs[key] = self._capture(key)
+        if graph is not None:
+            graph.replay()
+        else:
+            self._compute(key)
+            self._graphs[key] = None
+        for part in range(2 if self.with_logprobs else 1):
+            at = part * key.bucket.rows
+            slot.device_out[at : at + key.bucket.rows].copy_(
+                self.static_out[part * self.rows.count :][: key.bucket.rows], non_blocking=True
+            )
+
+    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
+        """Record a step that has run before: its kernels are compiled, and libraries have their workspaces."""
+        logger.debug(f"capturing {key}")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
+            self._compute(key)
+        return graph
+
+    def _compute(self, key: StepKey) -> None:
+        a = self._arrays(key.bucket, self.static_in)
+        self.page_table.view(-1)[a.cells] = a.pages
+        self.parameters[a.fresh] = a.parameters.view(-1, PARAMETER_WORDS)
+        carried = self.last_tokens[(-1 - a.ids).clamp_min(0)]
+        ids = torch.where(a.ids < 0, carried, a.ids)
+        with self.loan.holder as holder:
+            holder.step = Step(
+                self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, key.bucket.decode_only
+            )
+            logits = self.loan.forward(ids.long()[None], a.positions.long()[None], a.query_starts[1:].long() - 1)
+        parameters = Parameters.from_table(self.parameters[a.rows])
+        ids, logprobs = pick(logits, parameters, a.lengths, key.flavour)
+        self.last_tokens[a.stores] = ids
+        self.static_out[: key.bucket.rows] = ids
+        if logprobs is not None:
+            self.static_out[self.rows.count :][: key.bucket.rows] = logprobs.view(torch.int32)
+
+    def poison(self, pages: np.ndarray) -> None:
+        """Fill pages that nobody holds with NaN."""
+        index = torch.from_numpy(pages).to(self.device)
+        for layer in self.layers.values():
+            layer.key_pages[index] = torch.nan
+            layer.value_pages[index] = torch.nan

@@ -1,0 +1,260 @@
+"""From transformers' configs to the numbers the engine runs with; what cannot be honoured is refused here."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from .attention import LayerShape, choose_backend
+from .config import AsyncBatchingConfig
+
+
+# transformers' default page size, which we cannot tell from a user's own 256, and ours.
+THEIR_PAGE_SIZE = 256
+PAGE_SIZE = 16
+
+# `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
+_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "do_sample", "temperature", "top_k", "top_p"}
+_WITHOUT_EFFECT = {
+    "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
+    "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "transformers_version",
+    "continuous_batching_config", "num_assistant_tokens", "num_assistant_tokens_schedule", "diversity_penalty",
+    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
+    "max_matching_ngram_size", "is_assistant", "generation_kwargs", "prefill_chunk_size", "low_memory",
+}  # fmt: skip
+_ONLY_WHEN_SAMPLING = {"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+# What `generate` takes for a field that nobody has set, and other values that ask for nothing.
+_NEUTRAL: dict[str, tuple] = {
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "min_length": (0,),
+    "min_new_tokens": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "min_p": (0.0,),
+    "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,), "renormalize_logits": (False, True),
+}  # fmt: skip
+
+# `ContinuousBatchingConfig` fields that are not honoured yet: the values that ask for nothing, and what is missing.
+_UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
+    "q_padding_interval_size": ((0,), "the engine chooses its padding itself"),
+    "kv_padding_interval_size": ((0,), "the engine does not pad keys and values"),
+    "varlen_compile_config": ((None,), "the engine does not compile the model yet"),
+    "decode_compile_config": ((None,), "the engine does not compile the model yet"),
+    "default_compile_level": ((0,), "the engine does not compile the model yet"),
+    "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
+    "cpu_offload_space": ((0, None), "a preempted request is computed again"),
+    "max_queue_size": ((0,), "the queue is not bounded yet"),
+    "per_request_processors": ((False,), "the sampling settings of one call hold for all its requests"),
+    "use_default_compile_configs": ((None, False), "the engine does not compile the model yet"),
+}
+
+
+class GenerationSettings(NamedTuple):
+    """What a `GenerationConfig` means for a request, once merged the way `generate` does."""
+
+    max_new_tokens: int | None
+    max_length: int | None
+    eos_ids: tuple[int, ...]
+    temperature: float  # 0 is greedy
+    top_k: int
+    top_p: float
+
+    def new_tokens(self, prompt_length: int, max_position_embeddings: int | None, name: str) -> int:
+        """How many tokens a prompt may get, by `generate`'s rules.
+
+        Raises:
+            ValueError: the limit leaves no room for a token; the message starts with `name`.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        limit = self.max_length
+        if limit is None:  # `generate`'s default: twenty tokens, within what the model has positions for
+            limit = min(prompt_length + 20, max_position_embeddings or prompt_length + 20)
+        if prompt_length >= limit:
+            raise ValueError(
+                f"{name}: the prompt has {prompt_length} tokens, max_length is {limit}; raise it or set max_new_tokens"
+            )
+        return limit - prompt_length
+
+
+def resolve_generation(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, overrides: dict[str, Any]
+) -> GenerationSettings:
+    """Merge settings as `generate` does: keyword arguments, then the given config, then the model's, then defaults.
+
+    Raises:
+        ValueError: an unknown keyword, a value out of range, or a setting that is not supported.
+    """
+    merged = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+    merged.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+    unknown = merged.update(**overrides)
+    if unknown:
+        raise ValueError(f"unknown keyword arguments: {sorted(unknown)} (a typo in a generation setting?)")
+    do_sample = bool(merged.do_sample)
+    for name in vars(GenerationConfig()):
+        value = getattr(merged, name, None)
+        if (
+            name.startswith("_")
+            or name in _HONOURED | _WITHOUT_EFFECT
+            or (name in _ONLY_WHEN_SAMPLING and not do_sample)
+            or value in (None, False, [], {}, *_NEUTRAL.get(name, ()))
+        ):
+            continue
+        raise ValueError(f"{name}={value!r} is not supported with async_batching yet")
+    if merged.max_new_tokens is not None:
+        check_max_new_tokens(merged.max_new_tokens, "generation_config")
+    temperature = 1.0 if merged.temperature is None else float(merged.temperature)
+    top_k = 50 if merged.top_k is None else int(merged.top_k)
+    top_p = 1.0 if merged.top_p is None else float(merged.top_p)
+    if do_sample and temperature <= 0:
+        raise ValueError(f"temperature={temperature} must be above 0 to sample; for greedy decoding, do_sample=False")
+    if do_sample and top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (off) or more")
+    if do_sample and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (off)")
+    return GenerationSettings(
+        max_new_tokens=merged.max_new_tokens,
+        max_length=merged.max_length,
+        eos_ids=eos_ids(merged.eos_token_id),
+        temperature=temperature if do_sample else 0.0,
+        top_k=top_k,
+        top_p=top_p,
+    )
+
+
+def check_max_new_tokens(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: max_new_tokens must be an integer of 1 or more, got {value!r}")
+
+
+def eos_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
+    """End-of-sequence ids as a tuple; negative ones, transformers' way to say none, are left out."""
+    if value is None:
+        return ()
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return tuple(int(i) for i in ([value] if isinstance(value, int) else value) if i >= 0)
+
+
+class Workload(NamedTuple):
+    """What is known of the requests beforehand; zeros where nothing is."""
+
+    requests: int = 0
+    longest: int = 0  # tokens of prompt and answer
+    tokens: int = 0  # of all requests together
+
+    @classmethod
+    def from_hints(cls, hints: Any) -> Workload:
+        """From transformers' `WorkloadHints`; without a generated length nothing can be concluded but the number."""
+        if hints is None:
+            return cls()
+        if not hints.max_generated_length:
+            return cls(requests=hints.num_requests)
+        longest = hints.max_prompt_length + hints.max_generated_length
+        return cls(hints.num_requests, longest, longest * hints.num_requests)
+
+
+class EngineSettings(NamedTuple):
+    """Everything that is fixed when an engine is built."""
+
+    page_size: int  # tokens
+    pages: int
+    rows: int  # requests in a step, at most
+    token_budget: int  # tokens in a step, at most
+    columns: int  # pages of one request, at most
+    max_tokens: int  # positions of one request, at most
+    reserve: float  # share of the pages that admission leaves free while anything runs
+    backend: str
+    graphs: bool
+    logprobs: bool
+    overlap: bool
+    debug: bool
+
+
+def check_batching(config: ContinuousBatchingConfig) -> None:
+    """Raises `ValueError` for a setting that is not honoured yet, or out of range."""
+    for name, (neutral, reason) in _UNSUPPORTED_BATCHING.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"ContinuousBatchingConfig({name}={value!r}) is not supported with async_batching: {reason}"
+            )
+    for name in ("num_blocks", "max_batch_tokens", "max_requests_per_batch"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be 1 or more")
+    if _their_page_size(config) < 1:
+        raise ValueError(f"ContinuousBatchingConfig(page_size={_their_page_size(config)}) must be 1 or more")
+    for name in ("max_memory_percent", "safety_margin"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be between 0 and 1")
+
+
+def _their_page_size(config: ContinuousBatchingConfig) -> int:
+    return config.page_size if hasattr(config, "page_size") else config.block_size  # 5.17 has only `block_size`
+
+
+def resolve_engine(
+    model: PreTrainedModel,
+    shapes: Iterable[LayerShape],
+    learned_positions: int | None,
+    batching: ContinuousBatchingConfig,
+    own: AsyncBatchingConfig,
+    workload: Workload,
+) -> EngineSettings:
+    """Choose every size that the user has not.
+
+    The cache gets the memory that the workload can use, at most `max_memory_percent` of what is free (default: 0.9 on
+    CUDA, half elsewhere). `num_blocks` counts blocks of the page size stated beside it: the capacity in tokens is the
+    user's, whatever page size runs.
+
+    Raises:
+        ValueError: there is no memory for a single page.
+    """
+    cuda = model.device.type == "cuda"
+    stated = _their_page_size(batching)
+    page_size = PAGE_SIZE if stated == THEIR_PAGE_SIZE else stated
+    page_bytes = page_size * sum(shape.bytes_per_token for shape in shapes)
+    if batching.num_blocks is not None:
+        pages = batching.num_blocks * stated // page_size
+    else:
+        pages = _free_bytes(model.device, batching.max_memory_percent) // page_bytes
+        if pages < 1:
+            raise ValueError(f"no memory for the cache: a page of {page_size} tokens takes {page_bytes:,} bytes")
+        if workload.tokens:
+            pages = min(pages, workload.tokens // page_size + workload.requests)
+        elif not cuda:
+            pages = min(pages, max(1, 2**31 // page_bytes))
+    rows = batching.max_requests_per_batch or min(workload.requests or 1024, 1024 if cuda else 256)
+    token_budget = batching.max_batch_tokens or max(2048 if cuda else 512, rows)
+    rows = min(rows, pages, token_budget)
+    # The text model's stated maximum is no limit where positions are computed, but nobody means to go far beyond.
+    stated_longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    longest = max(stated_longest, workload.longest) or pages * page_size
+    columns = min(pages, -(-longest // page_size))
+    graphs = batching.use_cuda_graph
+    return EngineSettings(
+        page_size=page_size,
+        pages=pages,
+        rows=rows,
+        token_budget=token_budget,
+        columns=columns,
+        max_tokens=min(columns * page_size, learned_positions or columns * page_size),
+        reserve=batching.safety_margin or 0.0,
+        backend=(backend := choose_backend(own.attention_backend, model.device)),
+        graphs=cuda and backend != "reference" and graphs not in (False, (False, False)),
+        logprobs=batching.return_logprobs,
+        overlap=own.overlap and batching.use_async_batching is not False,
+        debug=own.debug,
+    )
+
+
+def _free_bytes(device: torch.device, share: float | None) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((free + cached) * (0.9 if share is None else share))
+    return int(psutil.virtual_memory().available * (0.5 if share is None else share))
