@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,117 +12,16 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.utils import logging
 
 from .lanes import Lanes, Slot
+from .mailbox import Mailbox
 from .model import ModelLoan
 from .pages import Pages
-from .request import Request, Rows
+from .request import Rows
 from .runner import Runner, StepKey
 from .scheduler import Plan, Scheduler
 from .settings import EngineSettings
 
 
 logger = logging.get_logger(__name__)
-
-
-class Mail(NamedTuple):
-    """What users asked for since the last look."""
-
-    requests: list[Request]
-    cancelled: list[str]
-
-
-class Mailbox:
-    """What reaches the loop from other threads, and the condition it waits on when there is nothing to do."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._mail = Mail([], [])
-        self._pauses = 0
-        self._parked = False
-        self.reopen()
-
-    def reopen(self) -> None:
-        """Take mail for another run of the loop; what has been posted before it stays."""
-        with self._condition:
-            self._closed: str | None = None
-            self.stopping = False
-            self.hard = False
-
-    def post(self, *requests: Request) -> None:
-        """Raises `RuntimeError` when the loop takes no more requests."""
-        with self._condition:
-            if self._closed is None and self.stopping:
-                raise RuntimeError("the manager is stopping and takes no more requests")
-            if self._closed is not None:
-                raise RuntimeError(f"the manager takes no more requests: {self._closed}")
-            self._mail.requests.extend(requests)
-            self._condition.notify_all()
-
-    def cancel(self, request_id: str) -> None:
-        with self._condition:
-            self._mail.cancelled.append(request_id)
-            self._condition.notify_all()
-
-    def ask_to_stop(self, hard: bool) -> None:
-        with self._condition:
-            self.stopping = True
-            self.hard |= hard
-            self._condition.notify_all()
-
-    def pause(self) -> None:
-        """Block until the loop has nothing in flight and stands still. Raises `RuntimeError` if it has ended."""
-        with self._condition:
-            self._pauses += 1
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: self._parked or self._closed is not None)
-            if self._closed is not None:
-                self._pauses -= 1
-                raise RuntimeError(f"the manager cannot pause: {self._closed}")
-
-    def resume(self) -> None:
-        with self._condition:
-            self._pauses -= 1
-            self._condition.notify_all()
-
-    def pending(self) -> list[Request]:
-        """Requests posted that the loop has not read."""
-        with self._condition:
-            return list(self._mail.requests)
-
-    # For the loop:
-
-    def read(self, wait: bool) -> Mail:
-        """All mail; with `wait`, once there is some, or a stop or a pause is asked for."""
-        with self._condition:
-            if wait:
-                self._condition.wait_for(lambda: any(self._mail) or self.stopping or self._pauses)
-            mail, self._mail = self._mail, Mail([], [])
-            return mail
-
-    @property
-    def pausing(self) -> bool:
-        return self._pauses > 0
-
-    @property
-    def done(self) -> bool:
-        """A stop was asked for, and nothing was posted before it that the loop has not read."""
-        with self._condition:
-            return self.stopping and not self._mail.requests
-
-    def park(self) -> None:
-        """Stand still until every pause is over."""
-        with self._condition:
-            self._parked = True
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: not self._pauses)
-            self._parked = False
-
-    def close(self, reason: str) -> list[Request]:
-        """Take no more mail; returns the requests that nobody has read."""
-        with self._condition:
-            self._closed = reason
-            self._condition.notify_all()
-            unread, self._mail = self._mail.requests, Mail([], [])
-            return unread
 
 
 class Flight(NamedTuple):

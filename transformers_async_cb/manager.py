@@ -3,95 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import copy
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
 from .config import AsyncBatchingConfig
-from .engine import Engine, Mailbox
+from .door import Door
+from .engine import Engine
+from .mailbox import Mailbox, Outbox
 from .model import ModelLoan
-from .request import Request, Sampling
-from .settings import (
-    Workload,
-    check_batching,
-    check_max_new_tokens,
-    eos_ids,
-    resolve_engine,
-    resolve_generation,
-)
+from .settings import Workload, check_batching, resolve_engine, resolve_generation
 
 
 logger = logging.get_logger(__name__)
-
-
-class Outbox:
-    """Results on their way to whoever asks for them, by request or in the order they came."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._results: dict[str, deque[GenerationOutput]] = {}
-        self._handlers: dict[str, tuple[Callable[[GenerationOutput], None], asyncio.AbstractEventLoop]] = {}
-        self.open = False  # whether more may come
-
-    def set_open(self, is_open: bool) -> None:
-        with self._condition:
-            self.open = is_open
-            self._condition.notify_all()
-
-    def put(self, outputs: list[GenerationOutput]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list] = {}
-        with self._condition:
-            for output in outputs:
-                entry = self._handlers.get(output.request_id)
-                if entry is None:
-                    self._results.setdefault(output.request_id, deque()).append(output)
-                else:
-                    by_loop.setdefault(entry[1], []).append((entry[0], output))
-                    if output.is_finished():
-                        del self._handlers[output.request_id]
-            self._condition.notify_all()
-        for loop, calls in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_call_all, calls)
-            except RuntimeError:  # the loop of whoever asked is gone; the engine's other requests go on
-                logger.warning(f"dropping {len(calls)} results, the event loop of their handlers is closed")
-
-    def handle(self, request_id: str, callback: Callable, loop: asyncio.AbstractEventLoop) -> None:
-        with self._condition:
-            early = self._results.pop(request_id, None)
-            if early is None or not early[-1].is_finished():
-                self._handlers[request_id] = (callback, loop)
-        if early:
-            loop.call_soon_threadsafe(_call_all, [(callback, output) for output in early])
-
-    def get(self, request_id: str | None, timeout: float | None) -> GenerationOutput | None:
-        def ready() -> bool:
-            return bool(self._results) if request_id is None else request_id in self._results
-
-        with self._condition:
-            self._condition.wait_for(lambda: ready() or not self.open, timeout)
-            if not ready():
-                return None
-            key = next(iter(self._results)) if request_id is None else request_id
-            queued = self._results[key]
-            output = queued.popleft()
-            if not queued:
-                del self._results[key]
-            return output
-
-
-def _call_all(calls: list[tuple[Callable[[GenerationOutput], None], GenerationOutput]]) -> None:
-    for callback, output in calls:
-        callback(output)
 
 
 class AsyncBatchingManager:
@@ -122,32 +53,27 @@ class AsyncBatchingManager:
         overrides: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
-        self.continuous_batching_config = continuous_batching_config or ContinuousBatchingConfig()
+        self.continuous_batching_config = copy.deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
         self.async_config = async_config or AsyncBatchingConfig()
         check_batching(self.continuous_batching_config)
         self.workload = workload or Workload()
-        self.configure(generation_config, overrides)
         self._loan = ModelLoan(model)
-        self._vocabulary = self._loan.vocabulary
-        self._learned_positions = self._loan.learned_positions()
-        self._stated_positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self._seed = self.continuous_batching_config.seed
-        if self._seed is None:
-            self._seed = int(torch.randint(2**62, ()))  # follows `torch.manual_seed`, as `generate` does
+        seed = self.continuous_batching_config.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))  # follows `torch.manual_seed`, as `generate` does
+        self._door = Door(self._loan, seed)
+        self.configure(generation_config, overrides)
         self._outbox = Outbox()
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._counter = 0
-        self._arrivals = 0
-        self._live: set[str] = set()
         self._paused_here = threading.local()
         self.fatal_error: BaseException | None = None
 
     def configure(self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None = None) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        self.generation = resolve_generation(self.model, generation_config, overrides or {})
+        self._door.generation = resolve_generation(self.model, generation_config, overrides or {})
 
     # ------------------------------------------------------------------------------------------------ control
 
@@ -171,13 +97,12 @@ class AsyncBatchingManager:
         if self._engine is not None and self.workload.longest <= self._engine.longest:
             self._engine.runner.attach()
             return
-        self._drop_engine()
         try:
+            self._drop_engine()
             shapes = self._loan.probe()
             settings = resolve_engine(
-                self.model, shapes.values(), self._learned_positions, self.continuous_batching_config,
-                self.async_config, self.workload,
-            )  # fmt: skip
+                self._loan, shapes.values(), self.continuous_batching_config, self.async_config, self.workload
+            )
             logger.info(f"async batching with {settings}")
             with torch.no_grad():
                 self._engine = Engine(self._loan, shapes, settings)
@@ -291,7 +216,7 @@ class AsyncBatchingManager:
         if not outputs:
             return
         with self._lock:
-            self._live.difference_update(output.request_id for output in outputs if output.is_finished())
+            self._door.let_out(output.request_id for output in outputs if output.is_finished())
         self._outbox.put(outputs)
 
     # ------------------------------------------------------------------------------------------------ requests
@@ -323,16 +248,14 @@ class AsyncBatchingManager:
             ValueError: the prompt or a setting is not valid; the message names the request. Others go on.
             RuntimeError: the manager is stopping or has failed.
         """
-        self._refuse_per_request(per_request)
         with self._lock:
-            if request_id is None:
-                request_id = self._next_id()
-            requests = self._prepare(
-                [(request_id, input_ids)], max_new_tokens, streaming, record_timestamps, eos_token_id
+            request_ids = [request_id] if request_id is not None else self._door.names(1)
+            requests = self._door.check(
+                request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, **per_request
             )
             self._mailbox.post(*requests)
-            self._live.add(request_id)
-        return request_id
+            self._door.let_in(requests)
+        return request_ids[0]
 
     def add_requests(
         self,
@@ -343,18 +266,14 @@ class AsyncBatchingManager:
         **per_request: Any,
     ) -> list[str]:
         """Add several requests: all of them, or none if one is not valid. See `add_request`."""
-        self._refuse_per_request(per_request)
         with self._lock:
-            counter = self._counter
-            named = [(self._next_id(), input_ids) for input_ids in inputs]
-            try:
-                requests = self._prepare(named, max_new_tokens, streaming, record_timestamps, None)
-                self._mailbox.post(*requests)
-            except BaseException:
-                self._counter = counter
-                raise
-            self._live.update(request_id for request_id, _ in named)
-        return [request_id for request_id, _ in named]
+            request_ids = self._door.names(len(inputs))
+            requests = self._door.check(
+                request_ids, inputs, max_new_tokens, streaming, record_timestamps, **per_request
+            )
+            self._mailbox.post(*requests)
+            self._door.let_in(requests)
+        return request_ids
 
     def size_for_pending(self) -> None:
         """Size the cache for the requests added so far, rather than for whatever may come."""
@@ -362,7 +281,7 @@ class AsyncBatchingManager:
         self.workload = Workload(len(lengths), max(lengths, default=0), sum(lengths))
 
     def cancel_request(self, request_id: str) -> None:
-        """End a request: its result comes with the tokens so far and an error that says so. Unknown ids are ignored."""
+        """End a request: its result has the tokens so far and an error that says so. Unknown ids are ignored."""
         self._mailbox.cancel(request_id)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
@@ -390,78 +309,3 @@ class AsyncBatchingManager:
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         """Call `callback` with each result of a request, on the running asyncio loop, in place of the queue."""
         self._outbox.handle(request_id, callback, asyncio.get_running_loop())
-
-    def _next_id(self) -> str:
-        while (request_id := f"req_{self._counter}") in self._live:
-            self._counter += 1
-        self._counter += 1
-        return request_id
-
-    def _refuse_per_request(self, per_request: dict[str, Any]) -> None:
-        if per_request:
-            raise ValueError(f"settings of a single request are not supported yet: {sorted(per_request)}")
-
-    def _prepare(
-        self,
-        named: list[tuple[str, Sequence[int]]],
-        max_new_tokens: int | None,
-        streaming: bool,
-        record_timestamps: bool,
-        eos_token_id: int | list[int] | None,
-    ) -> list[Request]:
-        """Check everything a user gave, then make the requests."""
-        requests = []
-        for request_id, input_ids in named:
-            name = f"request {request_id}"
-            if request_id in self._live:
-                raise ValueError(f"{name}: this id is in use, choose another or wait for its result")
-            tokens = self._check_prompt(name, input_ids)
-            if max_new_tokens is None:
-                limit = self.generation.new_tokens(len(tokens), self._stated_positions, name)
-            else:
-                check_max_new_tokens(max_new_tokens, name)
-                limit = max_new_tokens
-            sampling = Sampling()
-            if self.generation.temperature:
-                digest = hashlib.blake2b(f"{self._seed}:{request_id}".encode(), digest_size=8).digest()
-                sampling = Sampling(
-                    self.generation.temperature,
-                    self.generation.top_k,
-                    self.generation.top_p,
-                    int.from_bytes(digest, "little"),
-                )
-            requests.append(
-                Request(
-                    id=request_id,
-                    tokens=tokens,
-                    prompt_length=len(tokens),
-                    max_new_tokens=limit,
-                    sampling=sampling,
-                    eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
-                    streaming=streaming,
-                    record_timestamps=record_timestamps,
-                    arrival=self._arrivals + len(requests),
-                )
-            )
-        self._arrivals += len(requests)
-        return requests
-
-    def _check_prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
-        try:
-            tokens = np.asarray(input_ids.cpu() if isinstance(input_ids, torch.Tensor) else input_ids)
-        except ValueError:
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1:
-            raise ValueError(f"{name}: the prompt must be one flat sequence of token ids")
-        if not len(tokens):
-            raise ValueError(f"{name}: the prompt is empty, it needs at least one token id")
-        if tokens.dtype.kind not in "iu":
-            raise ValueError(f"{name}: the prompt must hold integer token ids, not {type(input_ids[0]).__name__}")
-        if tokens.min() < 0 or tokens.max() >= self._vocabulary:
-            wrong = tokens[(tokens < 0) | (tokens >= self._vocabulary)][0]
-            raise ValueError(f"{name}: token id {wrong} is outside the vocabulary, 0 to {self._vocabulary - 1}")
-        if self._learned_positions is not None and len(tokens) > self._learned_positions:
-            raise ValueError(
-                f"{name}: the prompt has {len(tokens)} tokens, the model has {self._learned_positions} learned positions"
-            )
-        return tokens.astype(np.int32)

@@ -55,9 +55,14 @@ class ModelLoan:
     def vocabulary(self) -> int:
         return self.model.get_input_embeddings().num_embeddings
 
+    @property
+    def stated_positions(self) -> int | None:
+        """The longest sequence that the config states."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
     def learned_positions(self) -> int | None:
         """How many positions the model has embeddings for, `None` if it computes them."""
-        stated = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        stated = self.stated_positions
         if stated is None:
             return None
         tokens = self.model.get_input_embeddings()

@@ -12,6 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
+from .model import ModelLoan
 
 
 # transformers' default page size, which we cannot tell from a user's own 256, and ours.
@@ -198,9 +199,8 @@ def _their_page_size(config: ContinuousBatchingConfig) -> int:
 
 
 def resolve_engine(
-    model: PreTrainedModel,
+    loan: ModelLoan,
     shapes: Iterable[LayerShape],
-    learned_positions: int | None,
     batching: ContinuousBatchingConfig,
     own: AsyncBatchingConfig,
     workload: Workload,
@@ -214,14 +214,16 @@ def resolve_engine(
     Raises:
         ValueError: there is no memory for a single page.
     """
-    cuda = model.device.type == "cuda"
+    device = loan.model.device
+    cuda = device.type == "cuda"
+    learned_positions = loan.learned_positions()
     stated = _their_page_size(batching)
     page_size = PAGE_SIZE if stated == THEIR_PAGE_SIZE else stated
     page_bytes = page_size * sum(shape.bytes_per_token for shape in shapes)
     if batching.num_blocks is not None:
         pages = batching.num_blocks * stated // page_size
     else:
-        pages = _free_bytes(model.device, batching.max_memory_percent) // page_bytes
+        pages = _free_bytes(device, batching.max_memory_percent) // page_bytes
         if pages < 1:
             raise ValueError(f"no memory for the cache: a page of {page_size} tokens takes {page_bytes:,} bytes")
         if workload.tokens:
@@ -232,8 +234,7 @@ def resolve_engine(
     token_budget = batching.max_batch_tokens or max(2048 if cuda else 512, rows)
     rows = min(rows, pages, token_budget)
     # The text model's stated maximum is no limit where positions are computed, but nobody means to go far beyond.
-    stated_longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
-    longest = max(stated_longest, workload.longest) or pages * page_size
+    longest = max(loan.stated_positions or 0, workload.longest) or pages * page_size
     columns = min(pages, -(-longest // page_size))
     graphs = batching.use_cuda_graph
     return EngineSettings(
@@ -244,7 +245,7 @@ def resolve_engine(
         columns=columns,
         max_tokens=min(columns * page_size, learned_positions or columns * page_size),
         reserve=batching.safety_margin or 0.0,
-        backend=(backend := choose_backend(own.attention_backend, model.device)),
+        backend=(backend := choose_backend(own.attention_backend, device)),
         graphs=cuda and backend != "reference" and graphs not in (False, (False, False)),
         logprobs=batching.return_logprobs,
         overlap=own.overlap and batching.use_async_batching is not False,

@@ -1,0 +1,126 @@
+"""Everything a user gives for a request is checked here, before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .model import ModelLoan
+from .request import Request, Sampling
+from .settings import GenerationSettings, check_max_new_tokens, eos_ids
+
+
+class Door:
+    """Turns what users give into requests, or says what is wrong with it. Called with the manager's lock held.
+
+    Args:
+        loan (`ModelLoan`): the model.
+        seed (`int`): from which each request's own is derived, with its id.
+    """
+
+    def __init__(self, loan: ModelLoan, seed: int) -> None:
+        self.generation: GenerationSettings | None = None
+        self._vocabulary = loan.vocabulary
+        self._learned_positions = loan.learned_positions()
+        self._stated_positions = loan.stated_positions
+        self._seed = seed
+        self._counter = 0
+        self._arrivals = 0
+        self._live: set[str] = set()
+
+    def names(self, count: int) -> list[str]:
+        """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
+        names, counter = [], self._counter
+        while len(names) < count:
+            if (name := f"req_{counter}") not in self._live:
+                names.append(name)
+            counter += 1
+        return names
+
+    def check(
+        self,
+        request_ids: Iterable[str],
+        inputs: Iterable[Sequence[int]],
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        **per_request: Any,
+    ) -> list[Request]:
+        """The requests, of which none is let in yet.
+
+        Raises:
+            ValueError: one is not valid; the message names the request and what is allowed.
+        """
+        if per_request:
+            raise ValueError(f"settings of a single request are not supported yet: {sorted(per_request)}")
+        requests = []
+        for request_id, input_ids in zip(request_ids, inputs, strict=True):
+            name = f"request {request_id}"
+            if request_id in self._live:
+                raise ValueError(f"{name}: this id is in use, choose another or wait for its result")
+            tokens = self._prompt(name, input_ids)
+            if max_new_tokens is None:
+                limit = self.generation.new_tokens(len(tokens), self._stated_positions, name)
+            else:
+                check_max_new_tokens(max_new_tokens, name)
+                limit = max_new_tokens
+            requests.append(
+                Request(
+                    id=request_id,
+                    tokens=tokens,
+                    prompt_length=len(tokens),
+                    max_new_tokens=limit,
+                    sampling=self._sampling(request_id),
+                    eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
+                    streaming=streaming,
+                    record_timestamps=record_timestamps,
+                    arrival=self._arrivals + len(requests),
+                )
+            )
+        return requests
+
+    def let_in(self, requests: list[Request]) -> None:
+        """From now on their ids are in use."""
+        self._arrivals += len(requests)
+        for request in requests:
+            self._live.add(request.id)
+        while f"req_{self._counter}" in self._live:
+            self._counter += 1
+
+    def let_out(self, request_ids: Iterable[str]) -> None:
+        """Their ids may be used again."""
+        self._live.difference_update(request_ids)
+
+    def _sampling(self, request_id: str) -> Sampling:
+        if not self.generation.temperature:
+            return Sampling()
+        digest = hashlib.blake2b(f"{self._seed}:{request_id}".encode(), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little")
+        return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)
+
+    def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
+        """The prompt as int32 `[tokens]`."""
+        try:
+            tokens = np.asarray(input_ids.cpu() if isinstance(input_ids, torch.Tensor) else input_ids)
+        except ValueError:  # ragged
+            tokens = np.empty((0, 0))
+        if tokens.ndim != 1:
+            raise ValueError(f"{name}: the prompt must be one flat sequence of token ids")
+        if not len(tokens):
+            raise ValueError(f"{name}: the prompt is empty, it needs at least one token id")
+        if tokens.dtype.kind not in "iu":
+            raise ValueError(f"{name}: the prompt must hold integer token ids, not {tokens.dtype}")
+        if tokens.min() < 0 or tokens.max() >= self._vocabulary:
+            wrong = tokens[(tokens < 0) | (tokens >= self._vocabulary)][0]
+            raise ValueError(f"{name}: token id {wrong} is outside the vocabulary, 0 to {self._vocabulary - 1}")
+        if self._learned_positions is not None and len(tokens) > self._learned_positions:
+            raise ValueError(
+                f"{name}: the prompt has {len(tokens)} tokens, more than the {self._learned_positions} positions that "
+                "the model has learned"
+            )
+        return tokens.astype(np.int32)

@@ -1,0 +1,180 @@
+"""Between the users' threads and the loop's: requests in, results out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils import logging
+
+from .request import Request
+
+
+logger = logging.get_logger(__name__)
+
+
+class Mail(NamedTuple):
+    """What users asked for since the last look."""
+
+    requests: list[Request]
+    cancelled: list[str]
+
+
+class Mailbox:
+    """What reaches the loop from other threads, and the condition it waits on when there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._mail = Mail([], [])
+        self._pauses = 0
+        self._parked = False
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Take mail for another run of the loop; what has been posted before it stays."""
+        with self._condition:
+            self._closed: str | None = None
+            self.stopping = False
+            self.hard = False
+
+    def post(self, *requests: Request) -> None:
+        """Raises `RuntimeError` when the loop takes no more requests."""
+        with self._condition:
+            if self._closed is None and self.stopping:
+                raise RuntimeError("the manager is stopping and takes no more requests")
+            if self._closed is not None:
+                raise RuntimeError(f"the manager takes no more requests: {self._closed}")
+            self._mail.requests.extend(requests)
+            self._condition.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        with self._condition:
+            self._mail.cancelled.append(request_id)
+            self._condition.notify_all()
+
+    def ask_to_stop(self, hard: bool) -> None:
+        with self._condition:
+            self.stopping = True
+            self.hard |= hard
+            self._condition.notify_all()
+
+    def pause(self) -> None:
+        """Block until the loop has nothing in flight and stands still. Raises `RuntimeError` if it has ended."""
+        with self._condition:
+            self._pauses += 1
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._parked or self._closed is not None)
+            if self._closed is not None:
+                self._pauses -= 1
+                raise RuntimeError(f"the manager cannot pause: {self._closed}")
+
+    def resume(self) -> None:
+        with self._condition:
+            self._pauses -= 1
+            self._condition.notify_all()
+
+    def pending(self) -> list[Request]:
+        """Requests posted that the loop has not read."""
+        with self._condition:
+            return list(self._mail.requests)
+
+    # For the loop:
+
+    def read(self, wait: bool) -> Mail:
+        """All mail; with `wait`, once there is some, or a stop or a pause is asked for."""
+        with self._condition:
+            if wait:
+                self._condition.wait_for(lambda: any(self._mail) or self.stopping or self._pauses)
+            mail, self._mail = self._mail, Mail([], [])
+            return mail
+
+    @property
+    def pausing(self) -> bool:
+        return self._pauses > 0
+
+    @property
+    def done(self) -> bool:
+        """A stop was asked for, and nothing was posted before it that the loop has not read."""
+        with self._condition:
+            return self.stopping and not self._mail.requests
+
+    def park(self) -> None:
+        """Stand still until every pause is over."""
+        with self._condition:
+            self._parked = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: not self._pauses)
+            self._parked = False
+
+    def close(self, reason: str) -> list[Request]:
+        """Take no more mail; returns the requests that nobody has read."""
+        with self._condition:
+            self._closed = reason
+            self._condition.notify_all()
+            unread, self._mail = self._mail.requests, Mail([], [])
+            return unread
+
+
+class Outbox:
+    """Results on their way to whoever asks for them, by request or in the order they came."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._results: dict[str, deque[GenerationOutput]] = {}
+        self._handlers: dict[str, tuple[Callable[[GenerationOutput], None], asyncio.AbstractEventLoop]] = {}
+        self.open = False  # whether more may come
+
+    def set_open(self, is_open: bool) -> None:
+        with self._condition:
+            self.open = is_open
+            self._condition.notify_all()
+
+    def put(self, outputs: list[GenerationOutput]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list] = {}
+        with self._condition:
+            for output in outputs:
+                entry = self._handlers.get(output.request_id)
+                if entry is None:
+                    self._results.setdefault(output.request_id, deque()).append(output)
+                else:
+                    by_loop.setdefault(entry[1], []).append((entry[0], output))
+                    if output.is_finished():
+                        del self._handlers[output.request_id]
+            self._condition.notify_all()
+        for loop, calls in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_call_all, calls)
+            except RuntimeError:  # the loop of whoever asked is gone; the engine's other requests go on
+                logger.warning(f"dropping {len(calls)} results, the event loop of their handlers is closed")
+
+    def handle(self, request_id: str, callback: Callable, loop: asyncio.AbstractEventLoop) -> None:
+        with self._condition:
+            early = self._results.pop(request_id, None)
+            if early is None or not early[-1].is_finished():
+                self._handlers[request_id] = (callback, loop)
+        if early:
+            loop.call_soon_threadsafe(_call_all, [(callback, output) for output in early])
+
+    def get(self, request_id: str | None, timeout: float | None) -> GenerationOutput | None:
+        def ready() -> bool:
+            return bool(self._results) if request_id is None else request_id in self._results
+
+        with self._condition:
+            self._condition.wait_for(lambda: ready() or not self.open, timeout)
+            if not ready():
+                return None
+            key = next(iter(self._results)) if request_id is None else request_id
+            queued = self._results[key]
+            output = queued.popleft()
+            if not queued:
+                del self._results[key]
+            return output
+
+
+def _call_all(calls: list[tuple[Callable[[GenerationOutput], None], GenerationOutput]]) -> None:
+    for callback, output in calls:
+        callback(output)
