@@ -1,0 +1,128 @@
+"""Tiny random models, prompts for them, and what `model.generate` answers, one prompt at a time."""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import transformers_async_cb
+
+
+VOCABULARY = 97
+POSITIONS = 512
+FAMILIES = ("llama", "qwen3", "mistral", "gpt2")
+
+_ROTARY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": POSITIONS,
+}
+_LEARNED = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+_KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, _ROTARY),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, _ROTARY),
+    "mistral": (MistralConfig, MistralForCausalLM, _ROTARY | {"sliding_window": 16}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, _LEARNED),
+}
+
+
+def new_model(family: str, device: str | torch.device = "cpu", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 model that nobody else has. Its wide weights keep the logits of two tokens well apart.
+
+    Args:
+        family (`str`): one of `FAMILIES`.
+        changes: fields of the model's config.
+    """
+    config_class, model_class, settings = _KINDS[family]
+    nothing_special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = config_class(**{**settings, "initializer_range": 0.3, **nothing_special, **changes})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config)
+    return model.to(device).eval()
+
+
+@functools.cache
+def shared_model(family: str, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The model of that family that all tests share, for those that leave it as it is."""
+    return new_model(family, device)
+
+
+def random_prompts(count: int, longest: int = 300, shortest: int = 1, seed: int = 0) -> list[list[int]]:
+    """`count` prompts of `shortest` to `longest` random tokens."""
+    rng = random.Random(seed)
+    lengths = [rng.randint(shortest, longest) for _ in range(count)]
+    return [[rng.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def greedy(max_new_tokens: int | None = None, eos_token_id: int | list[int] | None = None) -> GenerationConfig:
+    """Greedy decoding up to a limit or an EOS. The pad id keeps `generate` from warning about having none."""
+    return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=0)
+
+
+def generate_alone(model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig) -> list[int]:
+    """The new tokens of `model.generate` for one prompt."""
+    ids = torch.tensor([list(prompt)], device=model.device)
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return answer[0, len(prompt) :].tolist()
+
+
+_answers: weakref.WeakKeyDictionary[PreTrainedModel, dict] = weakref.WeakKeyDictionary()
+
+
+def reference(model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig) -> list[int]:
+    """`generate_alone`, computed once; for models whose weights stay as they are."""
+    key = (tuple(prompt), config.to_json_string())
+    answers = _answers.setdefault(model, {})
+    if key not in answers:
+        answers[key] = generate_alone(model, prompt, config)
+    return list(answers[key])
+
+
+def engine_threads() -> list[str]:
+    """Names of the threads of all engines that run in this process."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("async-batching")]
+
+
+@pytest.fixture(params=FAMILIES)
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """The shared model of each family in turn."""
+    return shared_model(request.param)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """The shared Llama, for tests of what does not depend on the model."""
+    return shared_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Every test leaves the flag installed, no engine running and no model on loan."""
+    yield
+    assert transformers_async_cb.install(), "the test took the flag away"
+    assert engine_threads() == [], "the test left threads running"

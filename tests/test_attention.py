@@ -1,0 +1,143 @@
+"""Both attention backends against softmax attention over each sequence's own keys, written out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transformers_async_cb.attention import Step, choose_backend, reference
+
+
+PAGE_SIZE = 16
+
+# (context, new tokens) of each sequence: decoding ones first, as the scheduler packs them.
+DECODE = [(0, 1), (5, 1), (15, 1), (16, 1), (100, 1), (333, 1)]
+MIXED = [(40, 1), (129, 1), (0, 2), (0, 77), (31, 33), (250, 40)]
+
+SHAPES = [(4, 4, 16, 16), (4, 2, 32, 32), (6, 2, 24, 24), (8, 1, 64, 64), (4, 2, 32, 16)]
+
+
+def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32):
+    """A step over scattered pages, all that is not a sequence's own filled with NaN, and the inputs of attention."""
+    heads, kv_heads, key_dim, value_dim = shape
+    g = torch.Generator().manual_seed(seed)
+    columns = max(-(-(c + n) // PAGE_SIZE) for c, n in sequences) + 2
+    rows = torch.randperm(len(sequences) + 3, generator=g)[: len(sequences)]
+    page_table = torch.zeros(len(sequences) + 4, columns, dtype=torch.int32)
+    free = 1 + torch.randperm(len(sequences) * columns, generator=g)
+    keys = torch.full((len(free) + 1, PAGE_SIZE, kv_heads, key_dim), torch.nan)
+    values = torch.full((len(free) + 1, PAGE_SIZE, kv_heads, value_dim), torch.nan)
+    keys[0] = values[0] = 0
+    own = []
+    for b, (context, count) in enumerate(sequences):
+        page_table[rows[b]] = free[b * columns : (b + 1) * columns].int()
+        k = torch.randn(context + count, kv_heads, key_dim, generator=g)
+        v = torch.randn(context + count, kv_heads, value_dim, generator=g)
+        at = torch.arange(context)
+        pages = page_table[rows[b], at // PAGE_SIZE].long()
+        keys[pages, at % PAGE_SIZE], values[pages, at % PAGE_SIZE] = k[:context], v[:context]
+        own.append((k, v))
+    tokens = sum(n for _, n in sequences)
+    pad_row = len(page_table) - 1
+    ints = {"dtype": torch.int32}
+    token_rows = torch.cat([torch.full((n,), rows[b].item()) for b, (_, n) in enumerate(sequences)])
+    positions = torch.cat([torch.arange(c, c + n) for c, n in sequences])
+    starts = torch.tensor([0, *torch.tensor([n for _, n in sequences]).cumsum(0).tolist()])
+    step = Step(
+        page_table=page_table,
+        token_rows=torch.cat([token_rows, torch.full((padding,), pad_row)]).int(),
+        positions=torch.cat([positions, torch.zeros(padding, dtype=torch.long)]).int(),
+        rows=torch.cat([rows, torch.full((padding,), pad_row)]).int(),
+        query_starts=torch.cat([starts, torch.full((padding,), tokens)]).int(),
+        lengths=torch.tensor([c + n for c, n in sequences] + [0] * padding, **ints),
+        decode_only=all(n == 1 for _, n in sequences),
+    )
+    query = torch.randn(tokens + padding, heads, key_dim, generator=g)
+    key = torch.cat(
+        [*(k[c:] for (c, _), (k, _) in zip(sequences, own, strict=True)), torch.zeros(padding, *k.shape[1:])]
+    )
+    value = torch.cat(
+        [*(v[c:] for (c, _), (_, v) in zip(sequences, own, strict=True)), torch.zeros(padding, *v.shape[1:])]
+    )
+    move = lambda x: x.to(device, dtype if x.is_floating_point() else None) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    return tuple(map(move, (query, key, value, keys, values))), Step(*map(move, step)), own
+
+
+def expected(query, own, sequences, scaling, window):
+    """Softmax attention in float64, one token at a time."""
+    out, t = [], 0
+    for (context, count), (k, v) in zip(sequences, own, strict=True):
+        for i in range(count):
+            last = context + i + 1
+            first = max(0, last - window) if window else 0
+            group = query.shape[1] // k.shape[1]
+            ks = k[first:last].double().repeat_interleave(group, 1)
+            vs = v[first:last].double().repeat_interleave(group, 1)
+            weights = torch.einsum("hd,nhd->hn", query[t].double(), ks).mul(scaling).softmax(-1)
+            out.append(torch.einsum("hn,nhd->hd", weights, vs))
+            t += 1
+    return torch.stack(out)
+
+
+def check(backend, sequences, shape, window, padding, device="cpu", dtype=torch.float32, tolerance=2e-6):
+    (query, key, value, keys, values), step, own = make_case(
+        sequences, shape, padding, seed=1, device=device, dtype=dtype
+    )
+    backend.write_pages(key, value, keys, values, step)
+    scaling = shape[2] ** -0.5
+    out = backend.attend(query, keys, values, step, scaling, window)
+    tokens = sum(n for _, n in sequences)
+    want = expected(query.cpu(), [(k.to(dtype), v.to(dtype)) for k, v in own], sequences, scaling, window)
+    error = (out[:tokens].cpu().double() - want).norm() / want.norm()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("sequences", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("window", [0, 7, 64])
+def test_the_reference_is_softmax_attention_over_each_sequence(sequences, shape, window):
+    check(reference, sequences, shape, window, padding=3)
+
+
+def test_the_triton_backend_is_softmax_attention_over_each_sequence():
+    """Triton's interpreter is chosen when triton is imported, so this runs in a process of its own."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[-1] == "checked:20"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequences", [DECODE, MIXED, DECODE * 60], ids=["decode", "mixed", "many"])
+@pytest.mark.parametrize("shape", [*SHAPES[1:3], SHAPES[4], (32, 8, 128, 128), (16, 1, 256, 256)], ids=str)
+@pytest.mark.parametrize("window", [0, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_on_the_gpu_is_softmax_attention(sequences, shape, window, dtype):
+    from transformers_async_cb.attention import triton
+
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    check(triton, sequences, shape, window, padding=5, device="cuda", dtype=dtype, tolerance=tolerance)
+
+
+def test_the_reference_is_what_runs_where_there_is_no_cuda():
+    assert choose_backend("auto", torch.device("cpu")) == "reference"
+    with pytest.raises(ValueError, match="needs a CUDA device, the model is on cpu"):
+        choose_backend("triton", torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    from transformers_async_cb.attention import triton
+
+    cases = [(s, shape, w) for s in (DECODE, MIXED) for shape in SHAPES for w in (0, 64)]
+    for case_sequences, case_shape, case_window in cases:
+        check(triton, case_sequences, case_shape, case_window, padding=3)
+    print(f"checked:{len(cases)}")

@@ -1,0 +1,151 @@
+"""The same promises on the GPU: tokens as `generate`'s, graphs replayed, streams ordered. Run with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, VOCABULARY, greedy, new_model, random_prompts, reference, shared_model
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb.engine import Engine
+from transformers_async_cb.lanes import CudaLane, Lanes
+
+
+pytestmark = pytest.mark.gpu
+
+# Pages for about a dozen of the requests, and prompts cut into chunks.
+TIGHT = {"page_size": 16, "num_blocks": 60, "max_batch_tokens": 96, "max_requests_per_batch": 48}
+
+
+def batching(**changes) -> ContinuousBatchingConfig:
+    settings = TIGHT | changes
+    if not hasattr(ContinuousBatchingConfig(), "page_size"):  # transformers 5.17
+        settings["block_size"] = settings.pop("page_size")
+    return ContinuousBatchingConfig(**settings)
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no-graphs"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_on_the_gpu_are_those_of_generate(family, overlap, graphs):
+    model = shared_model(family, "cuda")
+    prompts = random_prompts(100)
+    config = greedy(24, eos_token_id=[3, 11])
+    expected = [reference(model, prompt, config) for prompt in prompts]
+    manager = model.init_continuous_batching(
+        config, batching(use_cuda_graph=graphs), async_batching=AsyncBatchingConfig(overlap=overlap, debug=True)
+    )
+    ids = manager.add_requests(prompts)
+    manager.start()
+    engine = manager._engine
+    answers = {output.request_id: output for output in (manager.get_result() for _ in ids)}
+    manager.stop()
+    assert [answers[i].error for i in ids] == [None] * len(ids)
+    assert [answers[i].generated_tokens for i in ids] == expected
+    assert engine.scheduler.preemptions > 0
+    assert engine.settings.graphs is graphs
+    assert any(graph is not None for graph in engine.runner._graphs.values()) is graphs
+    engine.scheduler.check_books()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_runs_to_the_end(family):
+    model = new_model(family, "cuda").to(torch.bfloat16)
+    prompts = random_prompts(64)
+    outputs = model.generate_batch(prompts, generation_config=greedy(40), async_batching=True)
+    assert [len(output.generated_tokens) for output in outputs.values()] == [40] * 64
+    assert all(0 <= token < VOCABULARY for output in outputs.values() for token in output.generated_tokens)
+
+
+def test_samples_are_the_same_with_graphs_and_without():
+    model = shared_model("llama", "cuda")
+    prompts = random_prompts(32, longest=60)
+    config = GenerationConfig(do_sample=True, temperature=0.9, top_k=20, top_p=0.9, max_new_tokens=24, eos_token_id=-1)
+    runs = [
+        model.generate_batch(
+            prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(seed=7, use_cuda_graph=graphs, return_logprobs=True),
+            async_batching=AsyncBatchingConfig(overlap=overlap),
+        )
+        for graphs, overlap in [(True, True), (False, True), (True, False)]
+    ]
+    tokens = [[output.generated_tokens for output in outputs.values()] for outputs in runs]
+    assert tokens[0] == tokens[1] == tokens[2]
+    logprobs = [torch.tensor([output.logprobs for output in outputs.values()]) for outputs in runs]
+    assert torch.allclose(logprobs[0], logprobs[1], atol=1e-4)
+
+
+def test_a_kept_manager_follows_weights_that_change_in_place_and_weights_that_move():
+    model = new_model("llama", "cuda")
+    prompts, config = random_prompts(20, longest=40), greedy(16)
+
+    def generated() -> list[list[int]]:
+        outputs = model.generate_batch(prompts, generation_config=config, persistent_manager=True, async_batching=True)
+        return [output.generated_tokens for output in outputs.values()]
+
+    def expected() -> list[list[int]]:
+        return [reference(new_copy(model), prompt, config) for prompt in prompts]
+
+    try:
+        assert generated() == expected()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        assert generated() == expected()
+        for parameter in model.parameters():  # new storage: what was captured reads the old one
+            parameter.data = parameter.data.flip(0).clone()
+        assert generated() == expected()
+    finally:
+        model.destroy_cached_continuous_batching_manager()
+
+
+def new_copy(model):
+    copy = new_model("llama", "cuda")
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+@pytest.fixture
+def sanitized(monkeypatch):
+    """torch's stream sanitizer on the engine's thread."""
+    from torch.cuda._sanitizer import CUDASanitizerDispatchMode
+
+    mode, run = CUDASanitizerDispatchMode(), Engine.run
+
+    def watched(self, *args):
+        with mode:
+            run(self, *args)
+
+    monkeypatch.setattr(Engine, "run", watched)
+
+
+def sanitized_errors() -> list[str | None]:
+    model = new_model("llama", "cuda")
+    outputs = model.generate_batch(
+        random_prompts(40, longest=120),
+        generation_config=greedy(24, eos_token_id=[3, 11]),
+        continuous_batching_config=batching(use_cuda_graph=False),
+        async_batching=True,
+    )
+    return [output.error for output in outputs.values()]
+
+
+def test_the_stream_sanitizer_finds_no_hazard(sanitized):
+    assert sanitized_errors() == [None] * 40
+
+
+@pytest.mark.parametrize("lane", ["compute", "copy_out"])
+def test_the_stream_sanitizer_finds_the_hazard_when_a_lane_does_not_wait(sanitized, monkeypatch, lane):
+    launch, wait = Lanes.launch, CudaLane.wait
+    careless = set()
+
+    def marking(self, *args, **kwargs):
+        careless.add(getattr(self, lane))
+        launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(Lanes, "launch", marking)
+    monkeypatch.setattr(CudaLane, "wait", lambda self, event: None if self in careless else wait(self, event))
+    errors = sanitized_errors()
+    assert all(error is not None and "CUDASanitizerErrors" in error for error in errors)

@@ -1,0 +1,288 @@
+"""Paged attention in Triton. Lengths and page tables are read on the device, so a captured call can be replayed."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+
+if TYPE_CHECKING:
+    from . import Step
+
+_LOG2_E = 1.4426950408889634
+_MAX_SPLITS = 16
+
+
+def write_pages(
+    key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, step: Step
+) -> None:
+    tokens, kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    _write_pages_kernel[(tokens,)](
+        key, value, key_pages, value_pages, step.page_table, step.token_rows, step.positions,
+        step.page_table.stride(0), *key.stride(), *value.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3],
+        PAGE_SIZE=key_pages.shape[1], KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        KEY_BLOCK=triton.next_power_of_2(kv_heads * key_dim), VALUE_BLOCK=triton.next_power_of_2(kv_heads * value_dim),
+    )  # fmt: skip
+
+
+def attend(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    step: Step,
+    scaling: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """Sequences with one new token go through the decode kernel, the others through the prefill kernel; both run in a
+    mixed step, and each leaves the other's sequences alone."""
+    tokens, heads, key_dim = query.shape
+    _, page_size, kv_heads, value_dim = value_pages.shape
+    sequences = step.rows.shape[0]
+    group = heads // kv_heads
+    out = query.new_empty(tokens, heads, value_dim)
+    wide = query.element_size() == 4 or key_dim > 128
+    shared = {
+        "PAGE_SIZE": page_size,
+        "GROUP": group,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "KEY_BLOCK": max(16, triton.next_power_of_2(key_dim)),
+        "VALUE_BLOCK": max(16, triton.next_power_of_2(value_dim)),
+        "WINDOW": sliding_window,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+    inputs = (query, key_pages, value_pages)
+    layout = (
+        step.page_table, step.rows, step.query_starts, step.lengths, scaling * _LOG2_E, step.page_table.stride(0),
+        *query.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3], *out.stride()[:2],
+    )  # fmt: skip
+
+    splits = _splits(sequences * kv_heads, query.device)
+    partial = query.new_empty((sequences, heads, splits, value_dim) if splits > 1 else 0, dtype=torch.float32)
+    weights = query.new_empty((sequences, heads, splits) if splits > 1 else 0, dtype=torch.float32)
+    _decode_kernel[(sequences, kv_heads, splits)](
+        *inputs, out, partial, weights, *layout, **shared,
+        ROWS=max(16, triton.next_power_of_2(group)), KEYS=32 if wide else 64, SPLITS=splits,
+        num_warps=4, num_stages=2 if wide else 3,
+    )  # fmt: skip
+    if splits > 1:
+        _combine_kernel[(sequences, heads)](
+            out, partial, weights, step.query_starts, *out.stride()[:2],
+            HEADS=heads, VALUE_DIM=value_dim, VALUE_BLOCK=shared["VALUE_BLOCK"], SPLITS=splits,
+            num_warps=1,
+        )  # fmt: skip
+    if not step.decode_only:
+        padded_group = triton.next_power_of_2(group)
+        queries = max(1, (64 if wide else 128) // padded_group)
+        _prefill_kernel[(tokens // queries + sequences, kv_heads)](
+            *inputs, out, sequences, *layout, **shared,
+            QUERIES=queries, PADDED_GROUP=padded_group, KEYS=32 if wide else 64,
+            num_warps=4 if wide else 8, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _splits(programs: int, device: torch.device) -> int:
+    """Parts to cut each sequence's keys into, so that four programs a multiprocessor have work."""
+    wanted = 4 * _processors(device) // max(1, programs)
+    return min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+
+
+@triton.jit
+def _write_pages_kernel(
+    key, value, key_pages, value_pages, page_table, token_rows, positions,
+    table_stride, key_st, key_sh, key_sd, value_st, value_sh, value_sd,
+    kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
+    PAGE_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(token_rows + token).to(tl.int64)
+    position = tl.load(positions + token)
+    page = tl.load(page_table + row * table_stride + position // PAGE_SIZE).to(tl.int64)
+    offset = position % PAGE_SIZE
+    i = tl.arange(0, KEY_BLOCK)
+    head, dim, inside = i // KEY_DIM, i % KEY_DIM, i < KV_HEADS * KEY_DIM
+    x = tl.load(key + token * key_st + head * key_sh + dim * key_sd, mask=inside)
+    tl.store(key_pages + page * kp_page + offset * kp_token + head * kp_head + dim, x, mask=inside)
+    i = tl.arange(0, VALUE_BLOCK)
+    head, dim, inside = i // VALUE_DIM, i % VALUE_DIM, i < KV_HEADS * VALUE_DIM
+    x = tl.load(value + token * value_st + head * value_sh + dim * value_sd, mask=inside)
+    tl.store(value_pages + page * vp_page + offset * vp_token + head * vp_head + dim, x, mask=inside)
+
+
+@triton.jit
+def _attend_block(
+    q, scaling, maximum, total, acc, first, last, query_positions, table, key_pages, value_pages,
+    kp_page, kp_token, vp_page, vp_token,
+    PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Fold keys `first` to `first + KEYS`, short of `last`, into the running softmax of each query row
+    (https://arxiv.org/abs/1805.02867). What lies beyond `last` may be NaN and is not loaded."""
+    at = first + tl.arange(0, KEYS)
+    inside = at < last
+    pages = tl.load(table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    offsets = at % PAGE_SIZE
+    key_dims, value_dims = tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
+    k = tl.load(
+        key_pages + (pages * kp_page + offsets * kp_token)[None, :] + key_dims[:, None],
+        mask=inside[None, :] & (key_dims < KEY_DIM)[:, None], other=0.0,
+    )  # fmt: skip
+    scores = tl.dot(q, k, input_precision=PRECISION) * scaling
+    seen = inside[None, :] & (at[None, :] <= query_positions[:, None])
+    if WINDOW > 0:
+        seen = seen & (at[None, :] > query_positions[:, None] - WINDOW)
+    scores = tl.where(seen, scores, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    p = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(maximum - base)
+    total = total * shrink + tl.sum(p, 1)
+    v = tl.load(
+        value_pages + (pages * vp_page + offsets * vp_token)[:, None] + value_dims[None, :],
+        mask=inside[:, None] & (value_dims < VALUE_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return new_maximum, total, acc
+
+
+@triton.jit
+def _decode_kernel(
+    query, key_pages, value_pages, out, partial, weights, page_table, rows, query_starts, lengths,
+    scaling, table_stride, q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
+    out_token, out_head,
+    PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One token of one sequence, the query heads of one key head, one part of the keys: split-KV, as in Flash-Decoding
+    (https://pytorch.org/blog/flash-decoding/)."""
+    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    token = tl.load(query_starts + sequence)
+    if tl.load(query_starts + sequence + 1) - token != 1:
+        return
+    length = tl.load(lengths + sequence)
+    begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
+    share = tl.cdiv(tl.cdiv(length - begin, KEYS), SPLITS) * KEYS
+    first = begin + split * share
+    last = tl.minimum(first + share, length)
+
+    r = tl.arange(0, ROWS)
+    heads = kv_head * GROUP + r
+    real = r < GROUP
+    key_dims = tl.arange(0, KEY_BLOCK)
+    q = tl.load(
+        query + token.to(tl.int64) * q_token + heads[:, None] * q_head + key_dims[None, :] * q_dim,
+        mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    positions = tl.zeros([ROWS], tl.int32) + (length - 1)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    table = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
+    for at in range(first, last, KEYS):
+        maximum, total, acc = _attend_block(
+            q, scaling, maximum, total, acc, at, last, positions, table,
+            key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, kp_page, kp_token, vp_page, vp_token,
+            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION,
+        )  # fmt: skip
+    value_dims = tl.arange(0, VALUE_BLOCK)
+    keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
+    if SPLITS == 1:
+        acc = acc / total[:, None]
+        where = out + token.to(tl.int64) * out_token + heads[:, None] * out_head + value_dims[None, :]
+        tl.store(where, acc.to(out.dtype.element_ty), mask=keep)
+    else:
+        part = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * SPLITS + split
+        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+        tl.store(partial + part[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=keep)
+        tl.store(weights + part, tl.where(total == 0, float("-inf"), maximum + tl.log2(total)), mask=real)
+
+
+@triton.jit
+def _combine_kernel(
+    out, partial, weights, query_starts, out_token, out_head,
+    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of one head of one decoding sequence, each by its share of the softmax."""
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    token = tl.load(query_starts + sequence)
+    if tl.load(query_starts + sequence + 1) - token != 1:
+        return
+    parts = (sequence.to(tl.int64) * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
+    dims = tl.arange(0, VALUE_BLOCK)
+    weight = tl.load(weights + parts)
+    weight = tl.exp2(weight - tl.max(weight, 0))
+    x = tl.load(partial + parts[:, None] * VALUE_DIM + dims[None, :], mask=(dims < VALUE_DIM)[None, :], other=0.0)
+    x = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    where = out + token.to(tl.int64) * out_token + head * out_head + dims
+    tl.store(where, x.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
+
+
+@triton.jit
+def _prefill_kernel(
+    query, key_pages, value_pages, out, sequences, page_table, rows, query_starts, lengths,
+    scaling, table_stride, q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
+    out_token, out_head,
+    PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, PADDED_GROUP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """`QUERIES` tokens of one sequence, the query heads of one key head.
+
+    Sequence b owns the programs from query_starts[b] // QUERIES + b on: never fewer than it needs, found by bisection.
+    """
+    program, kv_head = tl.program_id(0), tl.program_id(1)
+    low, high = 0, sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_starts + middle) // QUERIES + middle <= program:
+            low = middle
+        else:
+            high = middle
+    start = tl.load(query_starts + low)
+    count = tl.load(query_starts + low + 1) - start
+    first_query = (program - (start // QUERIES + low)) * QUERIES
+    if (count <= 1) | (first_query >= count):
+        return
+    length = tl.load(lengths + low)
+    context = length - count
+
+    r = tl.arange(0, QUERIES * PADDED_GROUP)
+    queries = first_query + r // PADDED_GROUP
+    heads = kv_head * GROUP + r % PADDED_GROUP
+    real = (queries < count) & (r % PADDED_GROUP < GROUP)
+    tokens = (start + queries).to(tl.int64)
+    key_dims = tl.arange(0, KEY_BLOCK)
+    q = tl.load(
+        query + (tokens * q_token + heads * q_head)[:, None] + key_dims[None, :] * q_dim,
+        mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0.0,
+    )  # fmt: skip
+    positions = context + queries
+    maximum = tl.full([QUERIES * PADDED_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES * PADDED_GROUP], tl.float32)
+    acc = tl.zeros([QUERIES * PADDED_GROUP, VALUE_BLOCK], tl.float32)
+    table = page_table + tl.load(rows + low).to(tl.int64) * table_stride
+    begin = tl.maximum(0, context + first_query - WINDOW + 1) if WINDOW > 0 else 0
+    last = tl.minimum(length, context + first_query + QUERIES)
+    for at in range(begin, last, KEYS):
+        maximum, total, acc = _attend_block(
+            q, scaling, maximum, total, acc, at, last, positions, table,
+            key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, kp_page, kp_token, vp_page, vp_token,
+            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION,
+        )  # fmt: skip
+    acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    value_dims = tl.arange(0, VALUE_BLOCK)
+    where = out + (tokens * out_token + heads * out_head)[:, None] + value_dims[None, :]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=real[:, None] & (value_dims < VALUE_DIM)[None, :])
