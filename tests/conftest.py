@@ -27,6 +27,8 @@ from transformers import (
 import transformers_async_cb
 
 
+torch.set_num_threads(1)  # models this small lose by more
+
 VOCABULARY = 97
 POSITIONS = 512
 FAMILIES = ("llama", "qwen3", "mistral", "gpt2")

@@ -14,8 +14,8 @@ from transformers_async_cb.lanes import CudaLane, Lanes
 
 pytestmark = pytest.mark.gpu
 
-# Pages for about a dozen of the requests, and prompts cut into chunks.
-TIGHT = {"page_size": 16, "num_blocks": 60, "max_batch_tokens": 96, "max_requests_per_batch": 48}
+# Pages for two or three of the requests, and prompts cut into chunks.
+TIGHT = {"page_size": 4, "num_blocks": 100, "max_batch_tokens": 48}
 
 
 def batching(**changes) -> ContinuousBatchingConfig:

@@ -301,7 +301,7 @@ class TestSampling:
     ) -> dict[str, list[int]]:
         manager = shared_model("llama").init_continuous_batching(
             GenerationConfig(do_sample=True, temperature=2.0, top_k=40, top_p=0.95, max_new_tokens=12),
-            continuous_batching_config=ContinuousBatchingConfig(seed=seed, **batching),
+            continuous_batching_config=ContinuousBatchingConfig(seed=seed, **({"num_blocks": 64} | batching)),
             async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
         )
         for i, prompt in enumerate(prompts):

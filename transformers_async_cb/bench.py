@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import platform
 import statistics
 import time
@@ -86,6 +87,7 @@ def measure(model: PreTrainedModel, engine: str, workload: Workload, repeats: in
     """Run a workload `1 + repeats` times on one engine; the first run, which also warms up, is not measured."""
     if workload.new_tokens[0] != workload.new_tokens[1]:
         raise ValueError("a workload needs one number of new tokens for all requests")
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # transformers' own
     prompts = workload.prompts(model.get_input_embeddings().num_embeddings)
     config = GenerationConfig(max_new_tokens=workload.new_tokens[0], do_sample=False, eos_token_id=-1)
     cuda = model.device.type == "cuda"

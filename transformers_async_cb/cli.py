@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Generate with overlap on and off, and count the requests that match `model.generate` token for token."""
     console = Console()
+    if options.model == "tiny" and options.device == "cpu":
+        torch.set_num_threads(1)  # a model this small loses by more
     with console.status(f"loading {options.model}"):
         model = shapes.load(options.model, options.device, getattr(torch, options.dtype))
         prompts = _demo_prompts(options, model)
@@ -120,17 +122,14 @@ def _demo_prompts(options: argparse.Namespace, model: PreTrainedModel) -> list[l
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """Measure the engines one after another and print a table."""
+    """Measure the engines one after another; the table and the file grow with each."""
     console = Console()
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     with console.status(f"loading {options.model}"):
         model = shapes.load(options.model, options.device, getattr(torch, dtype))
-    workload = bench.WORKLOADS[options.workload]
-    results = []
-    for engine in options.engines:
-        with console.status(f"{engine}: 1 + {options.repeats} runs of {options.workload}"):
-            results.append(bench.measure(model, engine, workload, options.repeats))
-    where = bench.environment(options.device)
+    workload, where = bench.WORKLOADS[options.workload], bench.environment(options.device)
+    record = {"workload": options.workload, "model": options.model, "dtype": dtype, "environment": where}
+    results: list[dict] = []
     table = Table(
         title=f"{options.workload} ({workload.requests} requests) with {options.model} in {dtype}",
         caption=f"median of {options.repeats} runs; {where}",
@@ -138,7 +137,9 @@ def run_bench(options: argparse.Namespace) -> None:
     table.add_column("engine")
     for heading in ("tokens/s", "seconds", "warm-up s", "peak GiB"):
         table.add_column(heading, justify="right")
-    for result in results:
+    for engine in options.engines:
+        with console.status(f"{engine}: 1 + {options.repeats} runs of {options.workload}"):
+            result = bench.measure(model, engine, workload, options.repeats)
         table.add_row(
             result.engine,
             f"{result.tokens_per_second:,.0f}",
@@ -146,8 +147,8 @@ def run_bench(options: argparse.Namespace) -> None:
             f"{result.warmup_seconds:.1f}",
             "" if result.peak_gib is None else f"{result.peak_gib:.1f}",
         )
+        results.append(result._asdict())
+        if options.json:  # now, in case the next engine does not come to an end
+            with open(options.json, "w") as file:
+                json.dump(record | {"results": results}, file, indent=1)
     console.print(table)
-    if options.json:
-        with open(options.json, "w") as file:
-            record = {"workload": options.workload, "model": options.model, "dtype": dtype, "environment": where}
-            json.dump(record | {"results": [result._asdict() for result in results]}, file, indent=1)

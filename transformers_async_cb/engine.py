@@ -107,6 +107,10 @@ class Engine:
             self.scheduler.fail_all("the manager was stopped before the request finished")
 
     def _launch(self, plan: Plan) -> Flight:
+        released = self.scheduler.take_released()
+        if self.settings.debug and released:  # before the launch: this step may have taken some of them again
+            pages = np.concatenate(released)
+            self.lanes.compute.run(lambda: self.runner.poison(pages))
         key = self.runner.key_for(plan)
         slot = self.lanes.stage()
         self.runner.stage(plan, key, slot.array_in)
@@ -126,7 +130,3 @@ class Engine:
         sequences, rows = len(flight.plan.rows), flight.key.bucket.rows
         logprobs = out[rows : rows + sequences].view(np.float32) if self.settings.logprobs else None
         self.scheduler.retire(flight.plan, out[:sequences], logprobs)
-        released = self.scheduler.take_released()
-        if self.settings.debug and released:
-            pages = np.concatenate(released)
-            self.lanes.compute.run(lambda: self.runner.poison(pages))
