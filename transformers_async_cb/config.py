@@ -21,6 +21,10 @@ class AsyncBatchingConfig:
         attention_backend (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (CUDA), `"reference"` (plain torch, any device), or `"auto"`: Triton on CUDA where it is
             installed, the reference elsewhere.
+        compile_layers (`bool`, *optional*):
+            Compile the model's repeated layers with `torch.compile`, all of them as one: seconds once for a model, and
+            fewer and larger kernels from then on. By default on CUDA, and not elsewhere. Layers that do not compile
+            run as they are written.
         debug (`bool`, *optional*, defaults to `False`):
             Fill pages that are given back with NaN and staging buffers with -1, so that a read after release shows
             in the results. Slow.
@@ -28,9 +32,14 @@ class AsyncBatchingConfig:
 
     overlap: bool = True
     attention_backend: str = "auto"
+    compile_layers: bool | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("overlap", "compile_layers", "debug"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (name == "compile_layers" and value is None)):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if self.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(
                 f"attention_backend={self.attention_backend!r} is not known: choose one of {ATTENTION_BACKENDS}"

@@ -30,13 +30,13 @@ class Door:
         self._seed = seed
         self._counter = 0
         self._arrivals = 0
-        self._live: set[str] = set()
+        self.live: dict[str, Request] = {}  # let in, and without a final result
 
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
         names, counter = [], self._counter
         while len(names) < count:
-            if (name := f"req_{counter}") not in self._live:
+            if (name := f"req_{counter}") not in self.live:
                 names.append(name)
             counter += 1
         return names
@@ -61,7 +61,7 @@ class Door:
         requests = []
         for request_id, input_ids in zip(request_ids, inputs, strict=True):
             name = f"request {request_id}"
-            if request_id in self._live:
+            if request_id in self.live:
                 raise ValueError(f"{name}: this id is in use, choose another or wait for its result")
             tokens = self._prompt(name, input_ids)
             if max_new_tokens is None:
@@ -87,14 +87,14 @@ class Door:
     def let_in(self, requests: list[Request]) -> None:
         """From now on their ids are in use."""
         self._arrivals += len(requests)
-        for request in requests:
-            self._live.add(request.id)
-        while f"req_{self._counter}" in self._live:
+        self.live.update((request.id, request) for request in requests)
+        while f"req_{self._counter}" in self.live:
             self._counter += 1
 
     def let_out(self, request_ids: Iterable[str]) -> None:
         """Their ids may be used again."""
-        self._live.difference_update(request_ids)
+        for request_id in request_ids:
+            self.live.pop(request_id, None)
 
     def _sampling(self, request_id: str) -> Sampling:
         if not self.generation.temperature:
@@ -105,8 +105,12 @@ class Door:
 
     def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""
+        if isinstance(input_ids, torch.Tensor):
+            if input_ids.is_floating_point():
+                raise ValueError(f"{name}: the prompt must hold integer token ids, not {input_ids.dtype}")
+            input_ids = input_ids.cpu()
         try:
-            tokens = np.asarray(input_ids.cpu() if isinstance(input_ids, torch.Tensor) else input_ids)
+            tokens = np.asarray(input_ids)
         except ValueError:  # ragged
             tokens = np.empty((0, 0))
         if tokens.ndim != 1:

@@ -58,7 +58,7 @@ class Engine:
         self.scheduler = Scheduler(rows, pages, settings.token_budget, settings.max_tokens, settings.reserve)
         self.runner = Runner(
             loan, shapes, settings.pages, settings.page_size, rows, settings.token_budget, settings.backend,
-            settings.graphs, settings.logprobs, settings.debug,
+            settings.compiled, settings.graphs, settings.logprobs, settings.debug,
         )  # fmt: skip
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self.steps = 0
@@ -101,8 +101,8 @@ class Engine:
         mail = mailbox.read(wait)
         for request in mail.requests:
             self.scheduler.add(request)
-        for request_id in mail.cancelled:
-            self.scheduler.cancel(request_id, f"request {request_id} was cancelled")
+        for request in mail.cancelled:
+            self.scheduler.cancel(request, f"request {request.id} was cancelled")
         if mailbox.hard:
             self.scheduler.fail_all("the manager was stopped before the request finished")
 

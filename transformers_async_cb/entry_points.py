@@ -12,14 +12,11 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.utils import logging
 
 from .config import AsyncBatchingConfig
-from .manager import AsyncBatchingManager
+from .manager import CACHED, AsyncBatchingManager
 from .settings import Workload
 
 
 logger = logging.get_logger(__name__)
-
-# Where a persistent manager waits on the model; transformers' own is under another name, so neither finds the other's.
-CACHED = "_async_batching_manager"
 
 
 def init_continuous_batching(
@@ -37,6 +34,8 @@ def init_continuous_batching(
     if continuous_batching_config is None:
         continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
+    if cached is not None and cached.is_running():
+        raise RuntimeError("this model is generating already: stop the manager that has it first")
     if cached is None:
         return AsyncBatchingManager(model, generation_config, continuous_batching_config, own, workload, overrides)
     if own != cached.async_config or continuous_batching_config not in (None, cached.continuous_batching_config):
@@ -82,7 +81,6 @@ def destroy_cached_manager(model: PreTrainedModel) -> None:
     manager: AsyncBatchingManager | None = getattr(model, CACHED, None)
     if manager is not None:
         manager.destroy()
-        delattr(model, CACHED)
 
 
 def generate_batch(
@@ -106,6 +104,7 @@ def generate_batch(
     Raises:
         ValueError: an input or a setting is not valid; nothing has run then.
     """
+    AsyncBatchingConfig.from_flag(async_batching)
     if len(inputs) == 0:
         return {}
     manager = init_continuous_batching(
@@ -129,7 +128,6 @@ def generate_batch(
                 progress.update()
     except BaseException:
         manager.destroy()
-        destroy_cached_manager(model)
         raise
     manager.stop(keep_for_next_session=persistent_manager)
     failed = [request_id for request_id in request_ids if finished[request_id].error is not None]

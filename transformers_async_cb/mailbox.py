@@ -21,7 +21,7 @@ class Mail(NamedTuple):
     """What users asked for since the last look."""
 
     requests: list[Request]
-    cancelled: list[str]
+    cancelled: list[Request]
 
 
 class Mailbox:
@@ -51,9 +51,9 @@ class Mailbox:
             self._mail.requests.extend(requests)
             self._condition.notify_all()
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request: Request) -> None:
         with self._condition:
-            self._mail.cancelled.append(request_id)
+            self._mail.cancelled.append(request)
             self._condition.notify_all()
 
     def ask_to_stop(self, hard: bool) -> None:
@@ -110,13 +110,12 @@ class Mailbox:
             self._condition.wait_for(lambda: not self._pauses)
             self._parked = False
 
-    def close(self, reason: str) -> list[Request]:
-        """Take no more mail; returns the requests that nobody has read."""
+    def close(self, reason: str) -> None:
+        """Take no more mail, and forget what nobody has read."""
         with self._condition:
             self._closed = reason
+            self._mail = Mail([], [])
             self._condition.notify_all()
-            unread, self._mail = self._mail.requests, Mail([], [])
-            return unread
 
 
 class Outbox:
@@ -144,20 +143,20 @@ class Outbox:
                     by_loop.setdefault(entry[1], []).append((entry[0], output))
                     if output.is_finished():
                         del self._handlers[output.request_id]
+            for loop, calls in by_loop.items():
+                try:
+                    loop.call_soon_threadsafe(_call_all, loop, calls)
+                except RuntimeError:  # the loop of whoever asked is gone; the engine's other requests go on
+                    logger.warning(f"dropping {len(calls)} results, the event loop of their handlers is closed")
             self._condition.notify_all()
-        for loop, calls in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_call_all, calls)
-            except RuntimeError:  # the loop of whoever asked is gone; the engine's other requests go on
-                logger.warning(f"dropping {len(calls)} results, the event loop of their handlers is closed")
 
     def handle(self, request_id: str, callback: Callable, loop: asyncio.AbstractEventLoop) -> None:
         with self._condition:
             early = self._results.pop(request_id, None)
             if early is None or not early[-1].is_finished():
                 self._handlers[request_id] = (callback, loop)
-        if early:
-            loop.call_soon_threadsafe(_call_all, [(callback, output) for output in early])
+            if early:  # within the lock, or a later result could overtake these
+                loop.call_soon_threadsafe(_call_all, loop, [(callback, output) for output in early])
 
     def get(self, request_id: str | None, timeout: float | None) -> GenerationOutput | None:
         def ready() -> bool:
@@ -175,6 +174,10 @@ class Outbox:
             return output
 
 
-def _call_all(calls: list[tuple[Callable[[GenerationOutput], None], GenerationOutput]]) -> None:
+def _call_all(loop: asyncio.AbstractEventLoop, calls: list[tuple[Callable, GenerationOutput]]) -> None:
     for callback, output in calls:
-        callback(output)
+        try:
+            callback(output)
+        except Exception as error:  # one handler's; the others get their results
+            message = f"the result handler of request {output.request_id} failed"
+            loop.call_exception_handler({"message": message, "exception": error})

@@ -24,6 +24,9 @@ from .settings import Workload, check_batching, resolve_engine, resolve_generati
 
 logger = logging.get_logger(__name__)
 
+# Where a persistent manager waits on the model; transformers' own is under another name, so neither finds the other's.
+CACHED = "_async_batching_manager"
+
 
 class AsyncBatchingManager:
     """Generates for many requests at once on a thread of its own.
@@ -67,7 +70,9 @@ class AsyncBatchingManager:
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the door
+        self._control = threading.RLock()  # of starting, stopping and pausing
+        self._pauses = 0
         self._paused_here = threading.local()
         self.fatal_error: BaseException | None = None
 
@@ -113,16 +118,17 @@ class AsyncBatchingManager:
 
     def start(self) -> None:
         """Begin to generate. Requests added before are taken first."""
-        if self.is_running():
-            logger.warning("the manager is running already")
-            return
-        self.warmup()
-        self._engine.lanes.enter()
-        self._mailbox.reopen()
-        self._outbox.set_open(True)
-        self.fatal_error = None
-        self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
-        self._thread.start()
+        with self._control:
+            if self.is_running():
+                logger.warning("the manager is running already")
+                return
+            self.warmup()
+            self._engine.lanes.enter()
+            self._mailbox.reopen()
+            self._outbox.set_open(True)
+            self.fatal_error = None
+            self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
+            self._thread.start()
 
     def stop(
         self,
@@ -144,25 +150,29 @@ class AsyncBatchingManager:
         """
         if getattr(self._paused_here, "depth", 0):
             raise RuntimeError("cannot stop the manager from inside a pause: leave the `pause` context first")
-        if self._thread is not None:
+        thread = self._thread
+        if thread is not None:
             self._mailbox.ask_to_stop(hard_stop)
             if not block:
                 return
-            self._thread.join(timeout)
-            if self._thread.is_alive():
+            thread.join(timeout)
+            if thread.is_alive():
                 logger.warning(f"the manager did not stop within {timeout} s")
                 return
+        with self._control:
+            if thread is None:
+                self._close("the manager was stopped before it was started")
             self._thread = None
-        else:
-            self._close_mailbox("the manager was stopped before it was started")
-        if self._engine is not None:
-            self._engine.lanes.leave()
-        self._loan.give_back()
-        if keep_for_next_session:
-            self.model._async_batching_manager = self
-            self._mailbox.reopen()
-        if not keep_for_next_session or self.fatal_error is not None:
+            if self._engine is not None:
+                self._engine.lanes.leave()
+            self._loan.give_back()
+            if keep_for_next_session and self.fatal_error is None:
+                setattr(self.model, CACHED, self)
+                self._mailbox.reopen()
+                return
             self._drop_engine()
+            if getattr(self.model, CACHED, None) is self:
+                delattr(self.model, CACHED)
 
     def _drop_engine(self) -> None:
         if self._engine is not None:
@@ -175,7 +185,8 @@ class AsyncBatchingManager:
 
     @contextmanager
     def pause(self) -> Generator[None]:
-        """Hold the loop with nothing in flight, to use the model or change its weights in place; requests stay.
+        """Hold the loop with nothing in flight and the model as it was, to use it or to change its weights in place;
+        requests stay. Several threads may pause at once.
 
         Raises:
             RuntimeError: the loop is not running.
@@ -184,13 +195,27 @@ class AsyncBatchingManager:
             raise RuntimeError("cannot pause, the manager is not running")
         self._mailbox.pause()
         self._paused_here.depth = getattr(self._paused_here, "depth", 0) + 1
-        self._engine.lanes.leave()
+        with self._control:
+            self._pauses += 1
+            self._engine.lanes.leave()
+            if self._pauses == 1:
+                self._loan.give_back()
         try:
             yield
         finally:
             self._paused_here.depth -= 1
-            self._engine.lanes.enter()
-            self._mailbox.resume()
+            try:
+                with self._control:
+                    self._pauses -= 1
+                    if self._pauses == 0:
+                        self._loan.borrow()
+                        self._engine.runner.attach()
+                    self._engine.lanes.enter()
+            except BaseException:
+                self._mailbox.ask_to_stop(hard=True)
+                raise
+            finally:
+                self._mailbox.resume()
 
     def _run(self) -> None:
         reason = "it has stopped"
@@ -200,17 +225,20 @@ class AsyncBatchingManager:
             logger.error(f"async batching failed: {error}", exc_info=True)
             self.fatal_error = error
             reason = f"the engine failed with {type(error).__name__}: {error}"
-            self._engine.scheduler.fail_all(reason)
             self._deliver(self._engine.scheduler.take_outputs())
+            self._engine.scheduler.save_all()
         finally:
-            self._close_mailbox(reason)
+            self._close(reason)
             self._outbox.set_open(False)
 
-    def _close_mailbox(self, reason: str) -> None:
-        unread = self._mailbox.close(reason)
-        for request in unread:
+    def _close(self, reason: str) -> None:
+        """Take no more requests, and end those that are left: whatever happened, each gets a result."""
+        with self._lock:
+            self._mailbox.close(reason)
+            left = list(self._door.live.values())
+        for request in left:
             request.finish(reason)
-        self._deliver([request.output() for request in unread])
+        self._deliver([request.output() for request in left])
 
     def _deliver(self, outputs: list[GenerationOutput]) -> None:
         if not outputs:
@@ -282,7 +310,9 @@ class AsyncBatchingManager:
 
     def cancel_request(self, request_id: str) -> None:
         """End a request: its result has the tokens so far and an error that says so. Unknown ids are ignored."""
-        self._mailbox.cancel(request_id)
+        with self._lock:
+            if (request := self._door.live.get(request_id)) is not None:
+                self._mailbox.cancel(request)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The next result, of one request or of any; `None` after `timeout` seconds, or when no more will come."""

@@ -7,10 +7,12 @@ import inspect
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from . import attention
-from .attention import LayerProbe, LayerShape, PagedLayer, StepHolder
+from .attention import LayerShape, PagedLayer
+from .attention.probe import NAME as PROBE
+from .attention.probe import probing
 
 
 class ModelLoan:
@@ -30,11 +32,11 @@ class ModelLoan:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.holder = StepHolder()
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._training: dict[nn.Module, bool] = {}
         self._configs: list[tuple[nn.Module, str, PreTrainedConfig]] = []
         self._layers: list[nn.Module] = []
+        self._compiled: dict[nn.Module, object] = {}
         self.out = False
         self._refuse_unfit()
 
@@ -45,6 +47,15 @@ class ModelLoan:
             raise ValueError(f"{name} cannot generate: async_batching needs a transformers model with a language head")
         if model.config.is_encoder_decoder:
             raise ValueError(f"{name} is an encoder-decoder, async_batching runs decoder-only models")
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"{name} counts positions itself (it takes no position_ids), async_batching packs sequences"
+            )
+        if kinds := _rotary_kinds(model.config.get_text_config(decoder=True)) & {"dynamic", "longrope"}:
+            raise ValueError(
+                f"{name} has rotary frequencies of the kind {kinds.pop()!r}: they depend on the longest sequence of a "
+                "batch, and async_batching would give other tokens than generate"
+            )
         devices = {str(p.device) for p in model.parameters()}
         if len(devices) > 1:
             raise ValueError(f"{name} is spread over {sorted(devices)}, async_batching needs it on one device")
@@ -106,8 +117,9 @@ class ModelLoan:
             return
         self.out = False
         delattr(self.model, self._MARK)
+        self.run_as_written()
         for module in self._layers:
-            delattr(module, PagedLayer.ATTRIBUTE)
+            delattr(module, attention.ATTRIBUTE)
         for module, name, config in self._configs:
             setattr(module, name, config)
         for module, training in self._training.items():
@@ -118,34 +130,76 @@ class ModelLoan:
 
     @torch.no_grad()
     def probe(self) -> dict[nn.Module, LayerShape]:
-        """Run two tokens through the borrowed model and see which modules attend, with what shapes.
+        """Run two tokens through the borrowed model, see which modules attend, with what shapes, and that outside of
+        attention no token sees another (as in recurrent layers and convolutions it would).
 
         Raises:
-            ValueError: an attention layer asks for something that is not supported, or none attends.
+            ValueError: the model asks for something that is not supported.
         """
-        probe = LayerProbe()
-        for module in self.model.modules():
-            setattr(module, PagedLayer.ATTRIBUTE, probe)
+        name, device = type(self.model).__name__, self.model.device
+        positions = torch.arange(2, device=device)[None]
+        seen = []
+        self.model.set_attn_implementation(PROBE)
         try:
-            ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
-            self.forward(ids, torch.arange(2, device=self.model.device)[None], ids[0, :1])
+            for first in (0, 1):
+                with probing() as probe:
+                    logits = self.forward(torch.tensor([[first, 0]], device=device), positions, positions[0, 1:])
+                seen.append([*probe.inputs, logits])
         except NotImplementedError as error:
-            raise ValueError(f"{type(self.model).__name__} is not supported by async_batching yet: {error}") from error
+            raise ValueError(f"{name} is not supported by async_batching yet: {error}") from error
+        except Exception as error:
+            raise ValueError(
+                f"{name} is not supported by async_batching: a trial run of packed tokens without a cache failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
         finally:
-            for module in self.model.modules():
-                delattr(module, PagedLayer.ATTRIBUTE)
+            self.model.set_attn_implementation(attention.NAME)
         stated = self.model.config.get_text_config(decoder=True).num_hidden_layers
         if len(probe.shapes) != stated:
             raise ValueError(
-                f"{type(self.model).__name__} has {stated} layers of which {len(probe.shapes)} attend through "
-                "AttentionInterface, async_batching needs all of them to"
+                f"{name} has {stated} layers of which {len(probe.shapes)} attend through AttentionInterface, "
+                "async_batching needs all of them to"
             )
+        for layer, window in zip(DynamicCache(config=self.model.config).layers, probe.windows, strict=False):
+            if (kept := getattr(layer, "sliding_window", None)) is not None and kept != window:
+                raise ValueError(
+                    f"{name} generates with a cache that forgets all but {kept} tokens, which its attention does not "
+                    "ask for: async_batching would give other tokens than generate"
+                )
+        for one, other in zip(*seen, strict=True):
+            close = 1e-4 if one.dtype == torch.float32 else 2e-2
+            if (one.float() - other.float()).norm() > close * one.float().norm():
+                raise ValueError(
+                    f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), which "
+                    "async_batching does not support yet"
+                )
         return probe.shapes
 
     def attach(self, layers: dict[nn.Module, PagedLayer]) -> None:
         for module, layer in layers.items():
-            setattr(module, PagedLayer.ATTRIBUTE, layer)
+            setattr(module, attention.ATTRIBUTE, layer)
             self._layers.append(module)
+
+    def compile_layers(self) -> None:
+        """Have the repeated layers compiled when they are next called: each entry of a module list that attends.
+
+        One compilation serves all that are alike. Token counts are dynamic, so a step of one token would need another.
+        """
+        attending = set(self._layers)
+        for parent in self.model.modules():
+            if isinstance(parent, nn.ModuleList):
+                for layer in parent:
+                    if layer not in self._compiled and attending & set(layer.modules()):
+                        self._compiled[layer] = layer._compiled_call_impl
+                        layer.compile(dynamic=True, fullgraph=True)
+
+    def run_as_written(self) -> bool:
+        """Undo `compile_layers`; returns whether there was anything to undo."""
+        was_compiled = bool(self._compiled)
+        for layer, implementation in self._compiled.items():
+            layer._compiled_call_impl = implementation
+        self._compiled.clear()
+        return was_compiled
 
     def storages(self) -> list[int]:
         """Where the weights lie."""
@@ -156,3 +210,14 @@ class ModelLoan:
         kept = {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
         logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits[0]
         return logits if kept else logits[keep]
+
+
+def _rotary_kinds(config: PreTrainedConfig) -> set[str]:
+    """Values of `rope_type` in a config, which may state one set of parameters or one for each kind of layer."""
+    kinds, todo = set(), [getattr(config, "rope_parameters", None)]
+    while todo:
+        parameters = todo.pop()
+        if isinstance(parameters, dict):
+            kinds |= {parameters.get("rope_type")}
+            todo += parameters.values()
+    return kinds

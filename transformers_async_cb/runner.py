@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .attention import LayerShape, PagedLayer, Step
+from .attention import LayerShape, PagedLayer, Step, computing
 from .lanes import Slot
 from .model import ModelLoan
 from .pages import Pages
@@ -59,8 +59,8 @@ class StepKey(NamedTuple):
 
 
 def row_buckets(largest: int) -> list[int]:
-    """1, 2, 4, 8, then steps of an eighth of the next power of two, at least 8."""
-    sizes, size = [], 1
+    """2, 4, 8, then steps of an eighth of the next power of two, at least 8. Not 1, which compiles differently."""
+    sizes, size = [], 2
     while size < largest:
         sizes.append(size)
         size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
@@ -89,6 +89,7 @@ class Runner:
         rows (`Rows`): the running requests.
         token_budget (`int`): the largest step.
         backend (`str`): of attention.
+        compiled (`bool`): compile the model's layers.
         graphs (`bool`): replay captured steps.
         with_logprobs (`bool`): compute log-probabilities.
         debug (`bool`): start with a cache of NaN.
@@ -103,6 +104,7 @@ class Runner:
         rows: Rows,
         token_budget: int,
         backend: str,
+        compiled: bool,
         graphs: bool,
         with_logprobs: bool,
         debug: bool,
@@ -113,6 +115,8 @@ class Runner:
         self.page_size = page_size
         self.with_logprobs = with_logprobs
         self.pads = self.device.type == "cuda"
+        self.backend = backend
+        self.compiled = compiled
         self.graphs = graphs
         self.padding_row = rows.count
         self.row_buckets = row_buckets(rows.count)
@@ -134,9 +138,7 @@ class Runner:
                 *(
                     torch.empty(pages + 1, page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device)
                     for dim in (shape.key_dim, shape.value_dim)
-                ),
-                loan.holder,
-                backend,
+                )
             )
             for module, shape in shapes.items()
         }
@@ -152,6 +154,8 @@ class Runner:
     def attach(self) -> None:
         """Give the model's layers their pages. Weights that have moved since the last time void what was captured."""
         self.loan.attach(self.layers)
+        if self.compiled:
+            self.loan.compile_layers()
         storages = self.loan.storages()
         if storages != self._storages:
             self._graphs.clear()
@@ -235,13 +239,27 @@ class Runner:
         if graph is not None:
             graph.replay()
         else:
-            self._compute(key)
+            self._compute_first(key)
             self._graphs[key] = None
         for part in range(2 if self.with_logprobs else 1):
             at = part * key.bucket.rows
             slot.device_out[at : at + key.bucket.rows].copy_(
                 self.static_out[part * self.rows.count :][: key.bucket.rows], non_blocking=True
             )
+
+    def _compute_first(self, key: StepKey) -> None:
+        """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
+        try:
+            self._compute(key)
+        except Exception as error:
+            if not self.loan.run_as_written():
+                raise
+            self.compiled = False
+            logger.warning(
+                f"the layers of {type(self.loan.model).__name__} do not compile, they run as they are written: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            )
+            self._compute(key)
 
     def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
         """Record a step that has run before: its kernels are compiled, and libraries have their workspaces."""
@@ -259,10 +277,10 @@ class Runner:
         self.parameters[a.fresh] = a.parameters.view(-1, PARAMETER_WORDS)
         carried = self.last_tokens[(-1 - a.ids).clamp_min(0)]
         ids = torch.where(a.ids < 0, carried, a.ids)
-        with self.loan.holder as holder:
-            holder.step = Step(
-                self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, key.bucket.decode_only
-            )
+        step = Step(
+            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, key.bucket.decode_only
+        )
+        with computing(step, self.backend):
             logits = self.loan.forward(ids.long()[None], a.positions.long()[None], a.query_starts[1:].long() - 1)
         parameters = Parameters.from_table(self.parameters[a.rows])
         ids, logprobs = pick(logits, parameters, a.lengths, key.flavour)

@@ -67,28 +67,29 @@ class Scheduler:
     def add(self, request: Request) -> None:
         heapq.heappush(self.waiting, (request.arrival, request))
 
-    def cancel(self, request_id: str, reason: str) -> None:
-        """End a request now, wherever it is. One that is not known has ended already, and nothing happens."""
-        row = self.row_of.get(request_id)
-        if row is not None:
-            if self.rows.phase[row] <= Phase.PREEMPTED:
-                self._end(row, reason)
+    def cancel(self, request: Request, reason: str) -> None:
+        """End a request now, wherever it is. One that has ended already stays as it is."""
+        if request.finished_time >= 0:
             return
-        for at, (_, request) in enumerate(self.waiting):
-            if request.id == request_id:
-                self.waiting[at] = self.waiting[-1]
-                self.waiting.pop()
-                heapq.heapify(self.waiting)
-                self._refuse(request, reason)
-                return
+        row = self.row_of.get(request.id)
+        if row is not None:
+            self._end(row, reason)
+        else:
+            self.waiting.remove((request.arrival, request))
+            heapq.heapify(self.waiting)
+            self._refuse(request, reason)
 
     def fail_all(self, reason: str) -> None:
         """End every request with `reason`; the rows stay held until their steps retire."""
         for row in list(self.row_of.values()):
-            if self.rows.phase[row] <= Phase.PREEMPTED:
-                self._end(row, reason)
+            self._end(row, reason)
         while self.waiting:
             self._refuse(heapq.heappop(self.waiting)[1], reason)
+
+    def save_all(self) -> None:
+        """Copy the running requests' tokens so far into them, for whoever ends them without this scheduler."""
+        for row in self.row_of.values():
+            self.rows.save(row)
 
     @property
     def idle(self) -> bool:
@@ -210,21 +211,22 @@ class Scheduler:
             request = self.waiting[0][1]
             tokens = len(request.tokens)
             needed = self.pages.needed(tokens)
-            if needed > self.pages.count:
+            room = min(self.pages.count, r.pages.shape[1])
+            if needed > room:
                 heapq.heappop(self.waiting)
                 self._refuse(
                     request,
                     f"request {request.id} needs {needed} pages of {self.pages.page_size} tokens for its {tokens} "
-                    f"tokens, the cache has {self.pages.count}",
+                    f"tokens, the cache has {room} for one request",
                 )
                 continue
             growing = int(((r.phase == Phase.RUNNING) & (r.total < r.limit)).sum())  # each may want a page soon
             if needed + max(growing, self.reserve if growing else 0) > self.pages.free:
                 return None
-            heapq.heappop(self.waiting)
             row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
             r.pages[row, :needed] = self.pages.take(needed)
             r.page_count[row] = needed
+            heapq.heappop(self.waiting)
             self.row_of[request.id] = row
             self.prefilling.append(row)
             return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import psutil
@@ -126,7 +127,7 @@ def resolve_generation(
 
 
 def check_max_new_tokens(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: max_new_tokens must be an integer of 1 or more, got {value!r}")
 
 
@@ -168,6 +169,7 @@ class EngineSettings(NamedTuple):
     max_tokens: int  # positions of one request, at most
     reserve: float  # share of the pages that admission leaves free while anything runs
     backend: str
+    compiled: bool
     graphs: bool
     logprobs: bool
     overlap: bool
@@ -246,6 +248,7 @@ def resolve_engine(
         max_tokens=min(columns * page_size, learned_positions or columns * page_size),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
+        compiled=cuda if own.compile_layers is None else own.compile_layers,
         graphs=cuda and backend != "reference" and graphs not in (False, (False, False)),
         logprobs=batching.return_logprobs,
         overlap=own.overlap and batching.use_async_batching is not False,

@@ -1,0 +1,976 @@
+"""What a user holds: requests in, results out, pauses, stops and what happens when something fails."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from conftest import engine_threads, greedy, new_model, random_prompts, reference, shared_model
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching import RequestStatus
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb.entry_points import CACHED
+from transformers_async_cb.manager import AsyncBatchingManager
+from transformers_async_cb.request import Rows
+from transformers_async_cb.runner import Runner
+from transformers_async_cb.scheduler import Scheduler
+
+
+PATIENCE = 30  # seconds, for what comes at once
+LONG = 300  # tokens of an answer that takes many times as long as anything that is done beside it
+PROMPT = [5, 6, 7, 8]
+
+
+_managers: list[AsyncBatchingManager] = []
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """A Llama of the test's own, with the weights of the shared one, which stays free to be asked."""
+    return new_model("llama")
+
+
+@pytest.fixture(autouse=True)
+def no_manager_outlives_its_test() -> Iterator[None]:
+    """A test that fails halfway disturbs no other."""
+    yield
+    while _managers:
+        _managers.pop().destroy()
+
+
+def generates(prompt: Sequence[int], config: GenerationConfig) -> list[int]:
+    return reference(shared_model("llama"), prompt, config)
+
+
+def started(model: PreTrainedModel, config: GenerationConfig | None = None, **kwargs: Any):
+    kwargs.setdefault("async_batching", True)
+    return model.continuous_batching_context_manager(config or greedy(8), **kwargs)
+
+
+def new_manager(model: PreTrainedModel, config: GenerationConfig | None = None) -> AsyncBatchingManager:
+    _managers.append(model.init_continuous_batching(config or greedy(8), async_batching=True))
+    return _managers[-1]
+
+
+def in_thread(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Begin `work` on another thread; calling what comes back waits for its result, or raises what it raised."""
+    outcome: list = []
+
+    def run() -> None:
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def join() -> Any:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the other thread hangs"
+        value, error = outcome[0]
+        if error is not None:
+            raise error
+        return value
+
+    return join
+
+
+def ended(output: GenerationOutput | None) -> GenerationOutput:
+    assert output is not None, "the result is lost"
+    assert output.is_finished() or output.status == RequestStatus.FAILED
+    return output
+
+
+class TestResults:
+    def test_come_by_id_in_any_order(self, llama) -> None:
+        prompts = random_prompts(6, longest=30)
+        with started(llama) as manager:
+            ids = [manager.add_request(prompt) for prompt in prompts]
+            for i in (3, 0, 5, 1, 4, 2):
+                output = manager.get_result(ids[i], timeout=PATIENCE)
+                assert output.request_id == ids[i]
+                assert output.generated_tokens == generates(prompts[i], greedy(8))
+
+    def test_come_for_names_of_the_users(self, llama) -> None:
+        with started(llama) as manager:
+            assert manager.add_request(PROMPT, request_id="mine") == "mine"
+            assert manager.add_request(PROMPT) == "req_0"
+            assert manager.get_result("mine", PATIENCE).request_id == "mine"
+            assert manager.get_result("req_0", PATIENCE).request_id == "req_0"
+
+    def test_come_in_the_order_they_ended_when_no_id_is_given(self, llama) -> None:
+        with started(llama) as manager:
+            for limit in (40, 20, 1):
+                manager.add_request(PROMPT, max_new_tokens=limit)
+            outputs = [manager.get_result(timeout=PATIENCE) for _ in range(3)]
+        assert [output.request_id for output in outputs] == ["req_2", "req_1", "req_0"]
+
+    def test_are_none_after_the_timeout(self, llama) -> None:
+        with started(llama) as manager:
+            begin = time.perf_counter()
+            assert manager.get_result(timeout=0.05) is None
+            assert manager.get_result("nobody", timeout=0.05) is None
+            assert 0.1 <= time.perf_counter() - begin < PATIENCE
+            request_id = manager.add_request(PROMPT)
+            assert manager.get_result("nobody", timeout=0.3) is None
+            assert ended(manager.get_result(request_id, timeout=0)).request_id == request_id
+
+    def test_are_none_at_once_when_no_more_will_come(self, llama) -> None:
+        manager = new_manager(llama)
+        manager.start()
+        manager.stop()
+        assert manager.get_result() is None
+        assert manager.get_result("nobody") is None
+        assert list(manager) == []
+
+    def test_can_be_iterated_until_the_manager_has_stopped(self, llama) -> None:
+        prompts = random_prompts(12, longest=30)
+        manager = new_manager(llama)
+        manager.add_requests(prompts)
+        manager.start()
+        manager.stop(block=False)
+        outputs = {output.request_id: output.generated_tokens for output in manager}
+        manager.stop()
+        assert outputs == {f"req_{i}": generates(p, greedy(8)) for i, p in enumerate(prompts)}
+
+    def test_of_one_request_are_not_lost_while_another_thread_waits_for_a_different_one(self, llama) -> None:
+        with started(llama) as manager:
+            slow = manager.add_request(PROMPT, max_new_tokens=150)
+            fast = [manager.add_request(PROMPT, max_new_tokens=n) for n in range(1, 6)]
+            waiting_for_slow = in_thread(lambda: manager.get_result(slow, PATIENCE))
+            waiting = [in_thread(lambda i=i: manager.get_result(i, PATIENCE)) for i in reversed(fast)]
+            assert [join().request_id for join in waiting] == fast[::-1]
+            assert len(waiting_for_slow().generated_tokens) == 150
+
+    def test_stay_for_whoever_asks_after_the_stop(self, llama) -> None:
+        with started(llama) as manager:
+            request_id = manager.add_request(PROMPT)
+        assert manager.get_result(request_id).generated_tokens == generates(PROMPT, greedy(8))
+
+    def test_of_an_id_that_is_used_again_are_the_new_ones(self, llama) -> None:
+        with started(llama) as manager:
+            for limit in (3, 5):
+                manager.add_request(PROMPT, request_id="again", max_new_tokens=limit)
+                assert len(manager.get_result("again", PATIENCE).generated_tokens) == limit
+
+    def test_wake_a_waiting_thread_when_the_manager_stops(self, llama) -> None:
+        with started(llama) as manager:
+            waiting = in_thread(lambda: manager.get_result("nobody"))
+            time.sleep(0.05)
+        assert waiting() is None
+
+
+class TestManyThreads:
+    def test_submit_and_collect_at_once(self, llama) -> None:
+        prompts, config = random_prompts(64, longest=30), greedy(8)
+        answers = {i: generates(prompt, config) for i, prompt in enumerate(prompts)}
+        with started(llama, config) as manager:
+
+            def work(mine: range) -> dict[int, list[int]]:
+                ids = {i: manager.add_request(prompts[i]) for i in mine}
+                return {i: manager.get_result(request_id, PATIENCE).generated_tokens for i, request_id in ids.items()}
+
+            found: dict[int, list[int]] = {}
+            for join in [in_thread(lambda k=k: work(range(k, 64, 8))) for k in range(8)]:
+                found.update(join())
+        assert found == answers
+
+    def test_get_ids_that_differ(self, llama) -> None:
+        manager = new_manager(llama)
+        joins = [in_thread(lambda: [manager.add_request(PROMPT) for _ in range(20)]) for _ in range(6)]
+        ids = [request_id for join in joins for request_id in join()]
+        assert len(set(ids)) == 120
+        manager.destroy()
+
+    def test_may_take_any_result_without_one_being_lost_or_doubled(self, llama) -> None:
+        with started(llama) as manager:
+            ids = manager.add_requests(random_prompts(40, longest=20))
+            joins = [
+                in_thread(lambda: [manager.get_result(timeout=PATIENCE).request_id for _ in range(10)])
+                for _ in range(4)
+            ]
+            assert sorted(request_id for join in joins for request_id in join()) == sorted(ids)
+
+
+class TestStreaming:
+    @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
+    def test_gives_each_token_once_and_the_finished_result_last(self, llama, overlap: bool) -> None:
+        answer = generates(PROMPT, greedy(20))
+        with started(llama, greedy(20), async_batching=AsyncBatchingConfig(overlap=overlap)) as manager:
+            request_id = manager.add_request(PROMPT, streaming=True)
+            manager.add_requests(random_prompts(10, longest=30))
+            outputs = list(manager.request_id_iter(request_id))
+        assert [output.generated_tokens for output in outputs] == [answer[: n + 1] for n in range(20)]
+        assert [output.is_finished() for output in outputs] == [False] * 19 + [True]
+        assert {output.status for output in outputs[:-1]} == {RequestStatus.DECODING}
+        assert {output.request_id for output in outputs} == {request_id}
+
+    def test_ends_with_the_eos(self, llama) -> None:
+        answer = generates(PROMPT, greedy(20))
+        stop = next(t for i, t in enumerate(answer) if i >= 3 and t not in answer[:i])
+        answer = answer[: answer.index(stop) + 1]
+        with started(llama, greedy(20, stop)) as manager:
+            outputs = list(manager.request_id_iter(manager.add_request(PROMPT, streaming=True)))
+        assert [output.generated_tokens for output in outputs] == [answer[: n + 1] for n in range(len(answer))]
+        assert outputs[-1].is_finished()
+
+    def test_goes_on_after_a_preemption(self, llama) -> None:
+        small = ContinuousBatchingConfig(num_blocks=36)
+        setattr(small, "page_size" if hasattr(small, "page_size") else "block_size", 4)
+        prompts = random_prompts(6, longest=20, shortest=20)
+        manager = llama.init_continuous_batching(
+            greedy(60), continuous_batching_config=small, async_batching=AsyncBatchingConfig(debug=True)
+        )
+        ids = manager.add_requests(prompts, streaming=True)
+        manager.start()
+        engine = manager._engine
+        manager.stop()
+        assert engine.scheduler.preemptions > 0
+        for request_id, prompt in zip(ids, prompts, strict=True):
+            answer = generates(prompt, greedy(60))
+            seen = [output.generated_tokens for output in manager.request_id_iter(request_id)]
+            assert seen == [answer[: n + 1] for n in range(60)]
+
+    def test_of_a_request_that_does_not_stream_is_its_result(self, llama) -> None:
+        with started(llama) as manager:
+            outputs = list(manager.request_id_iter(manager.add_request(PROMPT)))
+        assert [output.generated_tokens for output in outputs] == [generates(PROMPT, greedy(8))]
+
+    def test_ends_when_the_manager_is_stopped(self, llama) -> None:
+        manager = new_manager(llama, greedy(LONG))
+        request_id = manager.add_request(PROMPT, streaming=True)
+        manager.start()
+        outputs = []
+        for output in manager.request_id_iter(request_id):
+            outputs.append(output)
+            if len(outputs) == 5:
+                manager.stop(hard_stop=True)
+        assert "stopped" in outputs[-1].error
+        assert 5 <= len(outputs) < LONG
+
+
+class TestHandlers:
+    def test_get_each_result_on_their_event_loop(self, llama) -> None:
+        answer = generates(PROMPT, greedy(10))
+
+        async def collect() -> list[tuple[int, GenerationOutput]]:
+            seen: list[tuple[int, GenerationOutput]] = []
+            done = asyncio.Event()
+
+            def handle(output: GenerationOutput) -> None:
+                seen.append((threading.get_ident(), output))
+                if output.is_finished():
+                    done.set()
+
+            manager.register_result_handler("watched", handle)
+            manager.add_request(PROMPT, request_id="watched", streaming=True)
+            await asyncio.wait_for(done.wait(), PATIENCE)
+            return seen
+
+        with started(llama, greedy(10)) as manager:
+            seen = asyncio.run(collect())
+            assert manager.get_result("watched", timeout=0.01) is None, "the handler came in place of the queue"
+        assert {thread for thread, _ in seen} == {threading.get_ident()}
+        assert [output.generated_tokens for _, output in seen] == [answer[: n + 1] for n in range(10)]
+
+    def test_registered_late_get_what_has_come_before(self, llama) -> None:
+        async def collect() -> GenerationOutput:
+            found = asyncio.get_running_loop().create_future()
+            manager.register_result_handler("early", found.set_result)
+            return await asyncio.wait_for(found, PATIENCE)
+
+        with started(llama) as manager:
+            manager.add_request(PROMPT, request_id="early")
+            manager.add_request(PROMPT, request_id="later", max_new_tokens=30)
+            manager.get_result("later", PATIENCE)
+            assert asyncio.run(collect()).generated_tokens == generates(PROMPT, greedy(8))
+
+    def test_registered_in_the_middle_of_a_stream_get_every_token_once_and_in_order(self, llama) -> None:
+        answer = generates(PROMPT, greedy(60))
+
+        async def collect() -> list[list[int]]:
+            seen: list[list[int]] = []
+            done = asyncio.Event()
+
+            def handle(output: GenerationOutput) -> None:
+                seen.append(output.generated_tokens)
+                if output.is_finished():
+                    done.set()
+
+            manager.add_request(PROMPT, request_id="watched", streaming=True)
+            await asyncio.sleep(0.02)
+            manager.register_result_handler("watched", handle)
+            await asyncio.wait_for(done.wait(), PATIENCE)
+            return seen
+
+        with started(llama, greedy(60)) as manager:
+            for _ in range(5):
+                assert asyncio.run(collect()) == [answer[: n + 1] for n in range(60)]
+
+    def test_whose_loop_is_closed_do_not_disturb_the_others(self, llama) -> None:
+        async def register() -> None:
+            manager.register_result_handler("orphan", lambda output: None)
+
+        with started(llama) as manager:
+            asyncio.run(register())
+            manager.add_request(PROMPT, request_id="orphan")
+            request_id = manager.add_request(PROMPT, max_new_tokens=20)
+            output = manager.get_result(request_id, PATIENCE)
+            assert output.generated_tokens == generates(PROMPT, greedy(20))
+            assert manager.is_running()
+
+    def test_need_a_running_loop(self, llama) -> None:
+        manager = new_manager(llama)
+        with pytest.raises(RuntimeError, match="event loop"):
+            manager.register_result_handler("req_0", print)
+
+    def test_that_raise_do_not_disturb_the_engine(self, llama) -> None:
+        async def collect() -> list[str]:
+            loop, seen, done = asyncio.get_running_loop(), [], asyncio.Event()
+            loop.set_exception_handler(lambda *_: None)
+
+            def bad(output: GenerationOutput) -> None:
+                raise KeyError("a mistake of the user's")
+
+            def good(output: GenerationOutput) -> None:
+                seen.append(output.request_id)
+                done.set()
+
+            manager.register_result_handler("bad", bad)
+            manager.register_result_handler("good", good)
+            # Both end with the same step, so they are handed over together.
+            with manager.pause():
+                manager.add_request(PROMPT, request_id="bad")
+                manager.add_request(PROMPT, request_id="good")
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(done.wait(), 2)
+            return seen
+
+        with started(llama) as manager:
+            assert asyncio.run(collect()) == ["good"]
+
+
+class TestCancelling:
+    def test_a_running_request_delivers_its_tokens_so_far_with_an_error(self, llama) -> None:
+        answer = generates(PROMPT, greedy(LONG))
+        with started(llama, greedy(LONG)) as manager:
+            request_id = manager.add_request(PROMPT, streaming=True)
+            stream = manager.request_id_iter(request_id)
+            for _ in range(10):
+                next(stream)
+            manager.cancel_request(request_id)
+            last = list(stream)[-1]
+        assert last.status == RequestStatus.FAILED
+        assert request_id in last.error
+        assert "cancelled" in last.error
+        assert 10 <= len(last.generated_tokens) < LONG
+        assert last.generated_tokens == answer[: len(last.generated_tokens)]
+
+    def test_a_waiting_request_never_starts(self, llama) -> None:
+        one_at_a_time = ContinuousBatchingConfig(max_requests_per_batch=1)
+        with started(llama, greedy(100), continuous_batching_config=one_at_a_time) as manager:
+            first, second, third = (manager.add_request(PROMPT) for _ in range(3))
+            manager.cancel_request(second)
+            output = manager.get_result(second, PATIENCE)
+            assert "cancelled" in output.error
+            assert output.generated_tokens == []
+            for request_id in (first, third):
+                assert manager.get_result(request_id, PATIENCE).generated_tokens == generates(PROMPT, greedy(100))
+
+    def test_before_the_start_is_remembered(self, llama) -> None:
+        manager = new_manager(llama)
+        cancelled, other = manager.add_request(PROMPT), manager.add_request(PROMPT)
+        manager.cancel_request(cancelled)
+        manager.start()
+        manager.stop()
+        outputs = {output.request_id: output for output in manager}
+        assert "cancelled" in outputs[cancelled].error
+        assert outputs[other].generated_tokens == generates(PROMPT, greedy(8))
+
+    def test_an_unknown_or_ended_request_changes_nothing(self, llama) -> None:
+        with started(llama) as manager:
+            manager.cancel_request("nobody")
+            request_id = manager.add_request(PROMPT)
+            output = manager.get_result(request_id, PATIENCE)
+            manager.cancel_request(request_id)
+            assert output.error is None
+            again = manager.add_request(PROMPT)
+            assert manager.get_result(again, PATIENCE).generated_tokens == output.generated_tokens
+            assert manager.get_result(timeout=0.01) is None
+
+    def test_an_ended_request_spares_a_later_one_of_the_same_name(self, llama) -> None:
+        with started(llama) as manager:
+            for _ in range(10):
+                manager.add_request(PROMPT, request_id="name")
+                assert manager.get_result("name", PATIENCE).error is None
+                with manager.pause():  # both reach the loop together
+                    manager.cancel_request("name")
+                    manager.add_request(PROMPT, request_id="name")
+                assert manager.get_result("name", PATIENCE).error is None
+
+    def test_some_leaves_the_tokens_of_the_others_alone(self, llama) -> None:
+        small = ContinuousBatchingConfig(num_blocks=12, max_batch_tokens=24)  # 192 pages of 16 tokens
+        prompts = random_prompts(24, longest=60)
+        with started(
+            llama, greedy(40), continuous_batching_config=small, async_batching=AsyncBatchingConfig(debug=True)
+        ) as manager:
+            ids = manager.add_requests(prompts)
+            for request_id in ids[::3]:
+                manager.cancel_request(request_id)
+                time.sleep(0.003)
+        outputs = {output.request_id: output for output in manager}
+        assert sorted(outputs) == sorted(ids)
+        for i, (request_id, prompt) in enumerate(zip(ids, prompts, strict=True)):
+            answer, output = generates(prompt, greedy(40)), outputs[request_id]
+            assert output.generated_tokens == answer[: len(output.generated_tokens)]
+            if i % 3:
+                assert output.error is None
+                assert len(output.generated_tokens) == 40
+
+    def test_twice_gives_one_result(self, llama) -> None:
+        with started(llama, greedy(LONG)) as manager:
+            request_id = manager.add_request(PROMPT)
+            for _ in range(3):
+                manager.cancel_request(request_id)
+            ended(manager.get_result(request_id, PATIENCE))
+            assert manager.get_result(request_id, timeout=0.05) is None
+
+
+class TestStopping:
+    def test_finishes_what_is_there(self, llama) -> None:
+        manager = new_manager(llama, greedy(30))
+        ids = manager.add_requests(random_prompts(10, longest=20))
+        manager.start()
+        assert manager.is_running()
+        manager.stop()
+        assert not manager.is_running()
+        outputs = list(manager)
+        assert sorted(output.request_id for output in outputs) == sorted(ids)
+        assert all(output.error is None and len(output.generated_tokens) == 30 for output in outputs)
+
+    def test_without_blocking_returns_at_once(self, llama) -> None:
+        manager = new_manager(llama, greedy(LONG))
+        request_id = manager.add_request(PROMPT)
+        manager.start()
+        begin = time.perf_counter()
+        manager.stop(block=False)
+        assert time.perf_counter() - begin < 0.1
+        assert manager.is_running()
+        assert len(manager.get_result(request_id, PATIENCE).generated_tokens) == LONG
+        manager.stop()
+        assert llama.config._attn_implementation != "async_batching"
+
+    def test_gives_up_waiting_after_the_timeout(self, llama) -> None:
+        manager = new_manager(llama, greedy(LONG))
+        request_id = manager.add_request(PROMPT)
+        manager.start()
+        begin = time.perf_counter()
+        manager.stop(timeout=0.05)
+        assert 0.05 <= time.perf_counter() - begin < 0.5
+        assert manager.is_running()
+        manager.stop()
+        assert not manager.is_running()
+        assert len(manager.get_result(request_id).generated_tokens) == LONG
+
+    def test_hard_ends_every_request_with_its_tokens_so_far(self, llama) -> None:
+        manager = new_manager(llama, greedy(LONG))
+        ids = manager.add_requests(random_prompts(5, longest=10))
+        streamed = manager.add_request(PROMPT, streaming=True)
+        manager.start()
+        manager.get_result(streamed, PATIENCE)
+        manager.stop(hard_stop=True)
+        outputs = {output.request_id: output for output in manager}
+        assert sorted(outputs) == sorted([*ids, streamed])
+        for output in outputs.values():
+            assert output.status == RequestStatus.FAILED
+            assert "stopped" in output.error
+            assert len(output.generated_tokens) < LONG
+
+    def test_hard_after_a_soft_one_does_not_wait(self, llama) -> None:
+        manager = new_manager(llama, greedy(LONG))
+        request_id = manager.add_request(PROMPT)
+        manager.start()
+        manager.stop(block=False)
+        manager.stop(hard_stop=True)
+        assert "stopped" in manager.get_result(request_id).error
+
+    def test_before_the_start_ends_what_was_added(self, llama) -> None:
+        manager = new_manager(llama)
+        ids = manager.add_requests([PROMPT, PROMPT])
+        manager.stop()
+        outputs = list(manager)
+        assert [output.request_id for output in outputs] == ids
+        assert all("before it was started" in output.error for output in outputs)
+        assert not manager.is_running()
+
+    def test_lets_no_request_in_afterwards(self, llama) -> None:
+        manager = new_manager(llama)
+        manager.start()
+        manager.stop()
+        for add in (lambda: manager.add_request(PROMPT), lambda: manager.add_requests([PROMPT])):
+            with pytest.raises(RuntimeError, match="no more requests"):
+                add()
+        assert manager.get_result() is None
+
+    def test_lets_no_request_in_while_it_finishes_the_others(self, llama) -> None:
+        manager = new_manager(llama, greedy(LONG))
+        request_id = manager.add_request(PROMPT)
+        manager.start()
+        manager.stop(block=False)
+        with pytest.raises(RuntimeError, match="no more requests"):
+            manager.add_request(PROMPT)
+        manager.stop()
+        assert [output.request_id for output in manager] == [request_id]
+
+    def test_can_be_followed_by_a_start(self, llama) -> None:
+        manager = new_manager(llama)
+        for limit in (3, 6, 9):
+            manager.start()
+            request_id = manager.add_request(PROMPT, max_new_tokens=limit)
+            manager.stop()
+            output = manager.get_result(request_id)
+            assert output.generated_tokens == generates(PROMPT, greedy(limit))
+
+    def test_twice_or_destroying_twice_is_harmless(self, llama) -> None:
+        manager = new_manager(llama)
+        manager.destroy()
+        manager.start()
+        manager.stop()
+        manager.stop()
+        manager.destroy()
+        manager.destroy()
+        assert not manager.is_running()
+
+    def test_from_several_threads_at_once_is_harmless(self, llama) -> None:
+        manager = new_manager(llama, greedy(50))
+        ids = manager.add_requests([PROMPT] * 4)
+        manager.start()
+        for join in [in_thread(manager.stop) for _ in range(4)]:
+            join()
+        assert sorted(output.request_id for output in manager) == sorted(ids)
+        assert llama.config._attn_implementation != "async_batching"
+
+    def test_at_the_end_of_the_context_without_blocking(self, llama) -> None:
+        with started(llama, greedy(60), block=False) as manager:
+            request_id = manager.add_request(PROMPT)
+        assert len(manager.get_result(request_id, PATIENCE).generated_tokens) == 60
+        manager.stop()
+
+
+class TestStarting:
+    def test_takes_what_was_added_before(self, llama) -> None:
+        manager = new_manager(llama)
+        assert not manager.is_running()
+        request_id = manager.add_request(PROMPT)
+        manager.start()
+        assert manager.get_result(request_id, PATIENCE).generated_tokens == generates(PROMPT, greedy(8))
+        manager.stop()
+
+    def test_twice_changes_nothing(self, llama) -> None:
+        with started(llama) as manager:
+            engine = manager._engine
+            manager.start()
+            assert manager._engine is engine
+            request_id = manager.add_request(PROMPT)
+            assert manager.get_result(request_id, PATIENCE).generated_tokens == generates(PROMPT, greedy(8))
+
+    def test_uses_what_a_warmup_has_built(self, llama) -> None:
+        manager = new_manager(llama)
+        assert not manager.warmed_up
+        manager.warmup()
+        assert manager.warmed_up
+        assert not manager.is_running()
+        engine = manager._engine
+        manager.warmup()
+        manager.start()
+        assert manager._engine is engine
+        request_id = manager.add_request(PROMPT)
+        assert manager.get_result(request_id, PATIENCE).generated_tokens == generates(PROMPT, greedy(8))
+        manager.stop()
+
+    def test_after_a_warmup_can_be_left_out(self, llama) -> None:
+        manager = new_manager(llama)
+        before = llama.config._attn_implementation
+        manager.warmup()
+        manager.stop()
+        assert llama.config._attn_implementation == before
+        assert not manager.warmed_up
+
+
+class TestPausing:
+    def test_lets_new_weights_take_effect_in_place(self) -> None:
+        model, other = new_model("llama", seed=1), shared_model("llama")
+        first = reference(new_model("llama", seed=1), PROMPT, greedy(8))
+        with started(model) as manager:
+            before = manager.get_result(manager.add_request(PROMPT), PATIENCE)
+            with manager.pause(), torch.no_grad():
+                for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                    mine.copy_(theirs)
+            after = manager.get_result(manager.add_request(PROMPT), PATIENCE)
+        assert before.generated_tokens == first
+        assert after.generated_tokens == reference(other, PROMPT, greedy(8)) != first
+
+    def test_holds_the_loop_and_keeps_its_requests(self, llama) -> None:
+        with started(llama, greedy(200)) as manager:
+            request_id = manager.add_request(PROMPT, streaming=True)
+            stream = manager.request_id_iter(request_id)
+            next(stream)
+            with manager.pause():
+                steps = manager._engine.steps
+                later = manager.add_request(PROMPT, max_new_tokens=5)
+                assert manager.get_result(later, timeout=0.1) is None
+                assert manager._engine.steps == steps
+            assert list(stream)[-1].generated_tokens == generates(PROMPT, greedy(200))
+            assert manager.get_result(later, PATIENCE).generated_tokens == generates(PROMPT, greedy(5))
+
+    def test_by_several_threads_lasts_until_the_last_one_leaves(self, llama) -> None:
+        inside, leave = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]
+
+        def hold(i: int) -> None:
+            with manager.pause():
+                inside[i].set()
+                assert leave[i].wait(PATIENCE)
+
+        with started(llama, greedy(30)) as manager:
+            joins = [in_thread(lambda i=i: hold(i)) for i in range(3)]
+            assert all(event.wait(PATIENCE) for event in inside)
+            request_id = manager.add_request(PROMPT)
+            for event, join in zip(leave[:2], joins[:2], strict=True):
+                event.set()
+                join()
+                assert manager.get_result(request_id, timeout=0.05) is None
+            leave[2].set()
+            joins[2]()
+            assert manager.get_result(request_id, PATIENCE).generated_tokens == generates(PROMPT, greedy(30))
+
+    def test_again_and_again_from_many_threads_loses_nothing(self, llama) -> None:
+        prompts = random_prompts(20, longest=30)
+
+        def blink() -> None:
+            for _ in range(20):
+                with manager.pause():
+                    time.sleep(0.0005)
+
+        with started(llama, greedy(40)) as manager:
+            ids = manager.add_requests(prompts)
+            for join in [in_thread(blink) for _ in range(4)]:
+                join()
+            for request_id, prompt in zip(ids, prompts, strict=True):
+                answer = generates(prompt, greedy(40))
+                assert manager.get_result(request_id, PATIENCE).generated_tokens == answer
+
+    def test_can_be_nested(self, llama) -> None:
+        with started(llama) as manager:
+            with manager.pause(), manager.pause():
+                request_id = manager.add_request(PROMPT)
+                assert manager.get_result(request_id, timeout=0.05) is None
+            assert ended(manager.get_result(request_id, PATIENCE)).error is None
+
+    def test_lets_the_model_be_used(self, llama) -> None:
+        ids = torch.tensor([PROMPT])
+        with torch.no_grad():
+            expected = llama(ids).logits
+        with started(llama) as manager, manager.pause(), torch.no_grad():
+            torch.testing.assert_close(llama(ids).logits, expected)
+
+    def test_of_a_manager_that_does_not_run_is_refused(self, llama) -> None:
+        manager = new_manager(llama)
+        with pytest.raises(RuntimeError, match="not running"), manager.pause():
+            pass
+        manager.start()
+        manager.stop()
+        with pytest.raises(RuntimeError, match="not running"), manager.pause():
+            pass
+
+    def test_refuses_a_stop_from_inside(self, llama) -> None:
+        with started(llama) as manager:
+            with manager.pause():
+                with pytest.raises(RuntimeError, match="inside a pause"):
+                    manager.stop()
+                with pytest.raises(RuntimeError, match="inside a pause"):
+                    manager.destroy()
+            assert manager.get_result(manager.add_request(PROMPT), PATIENCE).error is None
+
+    def test_holds_back_another_threads_stop(self, llama) -> None:
+        manager = new_manager(llama)
+        manager.start()
+        with manager.pause():
+            stopping = in_thread(manager.stop)
+            time.sleep(0.05)
+            assert manager.is_running()
+        stopping()
+        assert not manager.is_running()
+
+    def test_ends_with_an_exception_and_the_loop_goes_on(self, llama) -> None:
+        with started(llama) as manager:
+            with pytest.raises(KeyError), manager.pause():
+                raise KeyError("a mistake of the user's")
+            assert manager.get_result(manager.add_request(PROMPT), PATIENCE).error is None
+
+
+class TestPersistentManagers:
+    def test_serve_calls_one_after_another(self) -> None:
+        model = new_model("llama")
+        engines = set()
+        for seed in range(3):
+            prompts = random_prompts(6, longest=30, seed=seed)
+            outputs = model.generate_batch(
+                prompts, generation_config=greedy(8), async_batching=True, persistent_manager=True
+            )
+            assert len(outputs) == 6
+            assert [o.generated_tokens for o in outputs.values()] == [generates(p, greedy(8)) for p in prompts]
+            engines.add(id(getattr(model, CACHED)))
+        assert len(engines) == 1
+        model.destroy_cached_continuous_batching_manager()
+        assert not hasattr(model, CACHED)
+        assert engine_threads() == []
+
+    def test_grow_for_longer_workloads_and_more_requests(self) -> None:
+        model = new_model("llama")
+        for count, longest, limit in ((2, 10, 3), (2, 300, 20), (30, 60, 6), (1, 5, 450), (2, 700, 10)):
+            prompts = random_prompts(count, longest=longest, shortest=longest // 2, seed=longest)
+            outputs = model.generate_batch(
+                prompts, generation_config=greedy(limit), async_batching=True, persistent_manager=True
+            )
+            assert [o.error for o in outputs.values()] == [None] * count
+            assert [o.generated_tokens for o in outputs.values()] == [generates(p, greedy(limit)) for p in prompts]
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_take_each_calls_generation_settings(self) -> None:
+        model = new_model("llama")
+        for limit in (4, 9):
+            output = model.generate_batch(
+                [PROMPT], generation_config=greedy(limit), async_batching=True, persistent_manager=True
+            )
+            assert [o.generated_tokens for o in output.values()] == [generates(PROMPT, greedy(limit))]
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_are_given_up_by_a_call_that_does_not_ask_for_them(self) -> None:
+        """And calls after that one work like any other."""
+        model = new_model("llama")
+        answer = generates(PROMPT, greedy(4))
+        for persistent in (True, False, False, True, True, False, True):
+            outputs = model.generate_batch(
+                [PROMPT], generation_config=greedy(4), async_batching=True, persistent_manager=persistent
+            )
+            assert [output.generated_tokens for output in outputs.values()] == [answer]
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_serve_a_context_after_a_call_and_a_call_after_a_context(self) -> None:
+        model = new_model("llama")
+        answer = generates(PROMPT, greedy(4))
+        for _ in range(2):
+            outputs = model.generate_batch(
+                [PROMPT], generation_config=greedy(4), async_batching=True, persistent_manager=True
+            )
+            assert [output.generated_tokens for output in outputs.values()] == [answer]
+            with started(model, greedy(4), persistent_manager=True) as manager:
+                request_id = manager.add_request(PROMPT)
+                assert manager.get_result(request_id, PATIENCE).generated_tokens == answer
+            assert getattr(model, CACHED) is manager
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_survive_a_context_that_ends_with_an_exception(self) -> None:
+        model = new_model("llama")
+        with started(model, greedy(4), persistent_manager=True):
+            pass
+        with pytest.raises(KeyError), started(model, greedy(4), persistent_manager=True):
+            raise KeyError
+        outputs = model.generate_batch([PROMPT], generation_config=greedy(4), async_batching=True)
+        assert [o.generated_tokens for o in outputs.values()] == [generates(PROMPT, greedy(4))]
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_take_up_weights_that_changed_in_between(self) -> None:
+        model, other = new_model("llama", seed=1), shared_model("llama")
+        ask = {"generation_config": greedy(8), "async_batching": True, "persistent_manager": True}
+        before = model.generate_batch([PROMPT], **ask)
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+                mine.copy_(theirs)
+        after = model.generate_batch([PROMPT], **ask)
+        assert [o.generated_tokens for o in before.values()] != [o.generated_tokens for o in after.values()]
+        assert [o.generated_tokens for o in after.values()] == [reference(other, PROMPT, greedy(8))]
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_leave_the_model_to_its_user_between_calls(self) -> None:
+        model = new_model("llama")
+        ids = torch.tensor([PROMPT])
+        before = model(ids).logits
+        model.generate_batch([PROMPT], generation_config=greedy(4), async_batching=True, persistent_manager=True)
+        assert torch.equal(model(ids).logits, before)
+        model(ids, labels=ids).loss.backward()
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_with_other_settings_are_refused(self) -> None:
+        model = new_model("llama")
+        model.generate_batch([PROMPT], generation_config=greedy(4), async_batching=True, persistent_manager=True)
+        with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+            model.generate_batch([PROMPT], async_batching=AsyncBatchingConfig(overlap=False))
+        with pytest.raises(ValueError, match="destroy_cached_continuous_batching_manager"):
+            model.generate_batch(
+                [PROMPT], continuous_batching_config=ContinuousBatchingConfig(num_blocks=7), async_batching=True
+            )
+        model.destroy_cached_continuous_batching_manager()
+        model.destroy_cached_continuous_batching_manager()
+        outputs = model.generate_batch(
+            [PROMPT], generation_config=greedy(4), async_batching=AsyncBatchingConfig(overlap=False)
+        )
+        assert [o.generated_tokens for o in outputs.values()] == [generates(PROMPT, greedy(4))]
+
+    def test_work_after_a_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = new_model("llama")
+        ask = {"generation_config": greedy(4), "async_batching": True, "persistent_manager": True}
+        model.generate_batch([PROMPT], **ask)
+        with monkeypatch.context() as broken:
+            broken.setattr(Runner, "step", lambda *_: 1 / 0)
+            outputs = model.generate_batch([PROMPT, PROMPT], **ask)
+        assert all("ZeroDivisionError" in output.error for output in outputs.values())
+        outputs = model.generate_batch([PROMPT], **ask)
+        assert [o.generated_tokens for o in outputs.values()] == [generates(PROMPT, greedy(4))]
+        model.destroy_cached_continuous_batching_manager()
+
+
+class TestFailures:
+    @staticmethod
+    def fail_once(monkeypatch: pytest.MonkeyPatch, where: type, name: str, after: int) -> None:
+        original, calls = getattr(where, name), {"left": after}
+
+        def fail(self: Any, *args: Any, **kwargs: Any) -> Any:
+            calls["left"] -= 1
+            if calls["left"] == 0:
+                raise MemoryError("no room at the inn")
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(where, name, fail)
+
+    @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
+    @pytest.mark.parametrize("name", ["stage", "take", "step", "key_for"])
+    @pytest.mark.parametrize("after", [1, 6])
+    def test_end_each_request_with_the_cause_and_the_next_call_works(
+        self, llama, name: str, after: int, overlap: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own, prompts = AsyncBatchingConfig(overlap=overlap), random_prompts(10, longest=20)
+        self.fail_once(monkeypatch, Runner, name, after)
+        outputs = llama.generate_batch(prompts, generation_config=greedy(30), async_batching=own)
+        assert list(outputs) == [f"req_{i}" for i in range(10)]
+        for output in outputs.values():
+            assert output.status == RequestStatus.FAILED
+            assert "MemoryError: no room at the inn" in output.error
+        assert engine_threads() == []
+        outputs = llama.generate_batch(prompts, generation_config=greedy(30), async_batching=own)
+        assert [o.generated_tokens for o in outputs.values()] == [generates(p, greedy(30)) for p in prompts]
+
+    @pytest.mark.parametrize("name", ["plan", "retire", "add", "_admit", "_release"])
+    def test_of_the_scheduler_lose_no_request_either(self, llama, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_once(monkeypatch, Scheduler, name, 3)
+        manager = new_manager(llama, greedy(20))
+        ids = manager.add_requests(random_prompts(6, longest=20))
+        manager.start()
+        manager.stop()
+        assert sorted(output.request_id for output in manager) == sorted(ids)
+
+    def test_of_a_row_lose_no_request_either(self, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_once(monkeypatch, Rows, "take", 3)
+        manager = new_manager(llama, greedy(20))
+        ids = manager.add_requests(random_prompts(6, longest=20))
+        manager.start()
+        manager.stop()
+        assert sorted(output.request_id for output in manager) == sorted(ids)
+
+    def test_are_told_to_whoever_waits_or_comes_later(self, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_once(monkeypatch, Runner, "step", 1)
+        manager = new_manager(llama, greedy(30))
+        manager.start()
+        waiting = in_thread(lambda: manager.get_result("nobody"))
+        manager.add_request(PROMPT)
+        assert waiting() is None
+        with pytest.raises(RuntimeError, match="MemoryError: no room at the inn"):
+            manager.add_request(PROMPT)
+        assert isinstance(manager.fatal_error, MemoryError)
+        assert not manager.is_running()
+        manager.stop()
+        manager.start()
+        assert manager.fatal_error is None
+        request_id = manager.add_request(PROMPT)
+        assert manager.get_result(request_id, PATIENCE).generated_tokens == generates(PROMPT, greedy(30))
+        manager.stop()
+
+    def test_end_a_pause_that_waits(self, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+        def slow_failure(*_: object) -> None:
+            time.sleep(0.1)
+            raise MemoryError("no room at the inn")
+
+        monkeypatch.setattr(Runner, "step", slow_failure)
+        manager = new_manager(llama)
+        manager.start()
+        manager.add_request(PROMPT)
+        time.sleep(0.02)
+
+        def pause() -> None:
+            with manager.pause():
+                pass
+
+        with pytest.raises(RuntimeError, match="cannot pause"):
+            in_thread(pause)()
+        manager.stop()
+
+    def test_while_building_give_the_model_back(self, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = llama.config
+        with monkeypatch.context() as broken:
+            self.fail_once(broken, Runner, "__init__", 1)
+            with pytest.raises(MemoryError):
+                llama.generate_batch([PROMPT], async_batching=True)
+        assert llama.config is before
+        outputs = llama.generate_batch([PROMPT], generation_config=greedy(4), async_batching=True)
+        assert outputs["req_0"].generated_tokens == generates(PROMPT, greedy(4))
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+    def test_in_the_context_give_the_model_back(self, error: type[BaseException]) -> None:
+        model = new_model("llama")
+        before = model.config
+        ids = torch.tensor([PROMPT])
+        logits = model(ids).logits
+        with pytest.raises(error), started(model, greedy(LONG)) as manager:
+            manager.add_requests(random_prompts(10, longest=20))
+            raise error
+        assert not manager.is_running()
+        assert model.config is before
+        assert torch.equal(model(ids).logits, logits)
+        assert len(list(manager)) == 10
+
+    def test_interrupting_a_call_give_the_model_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = new_model("llama")
+        before = model.config
+        with monkeypatch.context() as interrupted:
+            self.fail_once(interrupted, AsyncBatchingManager, "get_result", 2)
+            with pytest.raises(MemoryError):
+                model.generate_batch([PROMPT] * 3, generation_config=greedy(LONG), async_batching=True)
+        assert model.config is before
+        assert engine_threads() == []
+        outputs = model.generate_batch([PROMPT], generation_config=greedy(4), async_batching=True)
+        assert outputs["req_0"].generated_tokens == generates(PROMPT, greedy(4))
+
+
+class TestLongPrompts:
+    """Beyond what the config states, in a manager that runs: nobody could size the cache for them."""
+
+    @pytest.mark.parametrize("length", [511, 512, 513, 600, 5000])
+    def test_end_with_tokens_or_an_error_and_disturb_nobody(self, llama, length: int) -> None:
+        with started(llama, greedy(100)) as manager:
+            other = manager.add_request(PROMPT)
+            long = manager.add_request([1 + i % 96 for i in range(length)], max_new_tokens=3)
+            output = ended(manager.get_result(long, PATIENCE))
+            assert ended(manager.get_result(other, PATIENCE)).generated_tokens == generates(PROMPT, greedy(100))
+        if output.error is None:
+            assert len(output.generated_tokens) == 3
+        else:
+            assert long in output.error
