@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -974,3 +975,93 @@ class TestLongPrompts:
             assert len(output.generated_tokens) == 3
         else:
             assert long in output.error
+
+
+class TestKeptEngines:
+    @pytest.fixture
+    def kept(self, llama) -> Iterator[Callable[..., list[list[int]]]]:
+        def batch(prompts: list[list[int]], limit: int = 6) -> list[list[int]]:
+            outputs = llama.generate_batch(
+                prompts, generation_config=greedy(limit), async_batching=True, persistent_manager=True
+            )
+            assert [output.error for output in outputs.values()] == [None] * len(prompts)
+            return [output.generated_tokens for output in outputs.values()]
+
+        batch.model = llama
+        yield batch
+        llama.destroy_cached_continuous_batching_manager()
+
+    def test_are_built_anew_for_more_requests_and_kept_for_fewer(self, kept) -> None:
+        prompts = random_prompts(32, longest=20)
+        kept(prompts[:1])
+        one = getattr(kept.model, CACHED)._engine
+        assert kept(prompts) == [generates(p, greedy(6)) for p in prompts]
+        many = getattr(kept.model, CACHED)._engine
+        assert many is not one
+        assert many.steps == 6, "all of them at once"
+        kept(prompts[:3])
+        assert getattr(kept.model, CACHED)._engine is many
+
+    def test_follow_a_model_that_changes_its_type(self, kept) -> None:
+        kept([PROMPT])
+        kept.model.double()
+        assert kept([PROMPT]) == [generates(PROMPT, greedy(6))]
+
+    def test_forget_results_that_nobody_asked_for(self, kept) -> None:
+        with started(kept.model, persistent_manager=True) as manager:
+            manager.add_requests(random_prompts(3, longest=9))
+        assert kept([PROMPT]) == [generates(PROMPT, greedy(6))]
+
+    def test_stay_with_their_model_when_it_is_copied(self, kept) -> None:
+        kept([PROMPT])
+        twin = copy.deepcopy(kept.model)
+        outputs = twin.generate_batch([PROMPT], generation_config=greedy(6), async_batching=True)
+        assert [output.generated_tokens for output in outputs.values()] == kept([PROMPT])
+
+
+class TestSurroundings:
+    def test_inference_mode(self, llama) -> None:
+        with torch.inference_mode():
+            outputs = llama.generate_batch([PROMPT], generation_config=greedy(6), async_batching=True)
+        assert outputs["req_0"].generated_tokens == generates(PROMPT, greedy(6))
+
+    def test_another_default_device(self, llama) -> None:
+        torch.set_default_device("meta")
+        try:
+            manager = new_manager(llama, greedy(6))
+            manager.add_request(PROMPT)
+            manager.start()
+        finally:
+            torch.set_default_device(None)
+        assert ended(manager.get_result(timeout=PATIENCE)).generated_tokens == generates(PROMPT, greedy(6))
+
+    @pytest.mark.parametrize("settings", [{"top_k": 2**40, "do_sample": True}, {"eos_token_id": 2**31}], ids=str)
+    def test_settings_beyond_32_bits(self, llama, settings: dict[str, Any]) -> None:
+        config = GenerationConfig(max_new_tokens=6, **settings)
+        output = llama.generate_batch([PROMPT], generation_config=config, async_batching=True)["req_0"]
+        assert output.error is None
+        assert len(output.generated_tokens) == 6
+
+    def test_starting_again_after_a_failure(self, llama, monkeypatch) -> None:
+        manager = new_manager(llama, greedy(6))
+        with monkeypatch.context() as broken:
+            broken.setattr(Runner, "stage", lambda *_: 1 / 0)
+            manager.add_request(PROMPT)
+            manager.start()
+            assert "ZeroDivisionError" in manager.get_result(timeout=PATIENCE).error
+        while manager.is_running():
+            time.sleep(0.01)
+        manager.start()
+        manager.add_request(PROMPT)
+        assert ended(manager.get_result(timeout=PATIENCE)).generated_tokens == generates(PROMPT, greedy(6))
+
+    def test_an_interrupt_while_a_pause_begins(self, llama, monkeypatch) -> None:
+        with started(llama) as manager:
+            with monkeypatch.context() as interrupting:
+                interrupting.setattr(
+                    manager._mailbox._condition, "wait_for", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                )
+                with pytest.raises(KeyboardInterrupt), manager.pause():
+                    pass
+            request_id = manager.add_request(PROMPT)
+            assert ended(manager.get_result(request_id, PATIENCE)).generated_tokens == generates(PROMPT, greedy(8))

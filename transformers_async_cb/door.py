@@ -15,7 +15,9 @@ from .settings import GenerationSettings, check_max_new_tokens, eos_ids
 
 
 class Door:
-    """Turns what users give into requests, or says what is wrong with it. Called with the manager's lock held.
+    """Turns what users give into requests, or says what is wrong with it.
+
+    Called with the manager's lock held, but for `let_out`: that is the loop's, and must not wait for a long check.
 
     Args:
         loan (`ModelLoan`): the model.

@@ -18,7 +18,7 @@ from .pages import Pages
 from .request import Rows
 from .runner import Runner, StepKey
 from .scheduler import Plan, Scheduler
-from .settings import EngineSettings
+from .settings import EngineSettings, Workload
 
 
 logger = logging.get_logger(__name__)
@@ -52,21 +52,19 @@ class Engine:
 
     def __init__(self, loan: ModelLoan, shapes: dict, settings: EngineSettings) -> None:
         self.settings = settings
+        self._form = loan.form()
+        self._loan = loan
         self.depth = Lanes.DEPTH if settings.overlap else 1
         rows = Rows(settings.rows, settings.columns, settings.logprobs)
         pages = Pages(settings.pages, settings.page_size)
         self.scheduler = Scheduler(rows, pages, settings.token_budget, settings.max_tokens, settings.reserve)
-        self.runner = Runner(
-            loan, shapes, settings.pages, settings.page_size, rows, settings.token_budget, settings.backend,
-            settings.compiled, settings.graphs, settings.logprobs, settings.debug,
-        )  # fmt: skip
+        self.runner = Runner(loan, shapes, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self.steps = 0
 
-    @property
-    def longest(self) -> int:
-        """Tokens of prompt and answer that a request can have."""
-        return self.settings.columns * self.settings.page_size
+    def fits(self, workload: Workload) -> bool:
+        """Whether this engine still fits its model, and serves `workload` as well as a new one would."""
+        return self._loan.form() == self._form and self.settings.fit(workload)
 
     @torch.no_grad()
     def run(self, mailbox: Mailbox, deliver: Callable[[list[GenerationOutput]], None]) -> None:

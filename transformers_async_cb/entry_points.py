@@ -43,8 +43,7 @@ def init_continuous_batching(
             "this model has a persistent manager with other settings: call "
             "model.destroy_cached_continuous_batching_manager() first"
         )
-    cached.configure(generation_config, overrides)
-    cached.workload = workload
+    cached.take_up(generation_config, overrides, workload)
     return cached
 
 

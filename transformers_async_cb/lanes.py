@@ -102,8 +102,8 @@ class Slot:
 
     def __init__(self, words_in: int, words_out: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
-        self.host_in = torch.empty(words_in, dtype=torch.int32, pin_memory=pinned)
-        self.host_out = torch.empty(words_out, dtype=torch.int32, pin_memory=pinned)
+        self.host_in = torch.empty(words_in, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self.host_out = torch.empty(words_out, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self.device_in = torch.empty(words_in, dtype=torch.int32, device=device)
         self.device_out = torch.empty(words_out, dtype=torch.int32, device=device)
         self.array_in: np.ndarray = self.host_in.numpy()
@@ -164,11 +164,6 @@ class Lanes:
             event = torch.cuda.current_stream(self.device).record_event()
             for lane in (self.copy_in, self.compute, self.copy_out):
                 lane.wait(event)
-
-    def leave(self) -> None:
-        """Order all later work of the calling thread's current stream after what the lanes were given."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).wait_event(self.compute.record())
 
     def stage(self) -> Slot:
         """The slot whose turn it is, `array_in` free to be written."""

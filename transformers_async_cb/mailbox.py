@@ -67,10 +67,14 @@ class Mailbox:
         with self._condition:
             self._pauses += 1
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._parked or self._closed is not None)
-            if self._closed is not None:
+            try:
+                self._condition.wait_for(lambda: self._parked or self._closed is not None)
+                if self._closed is not None:
+                    raise RuntimeError(f"the manager cannot pause: {self._closed}")
+            except BaseException:  # an interrupt too
                 self._pauses -= 1
-                raise RuntimeError(f"the manager cannot pause: {self._closed}")
+                self._condition.notify_all()
+                raise
 
     def resume(self) -> None:
         with self._condition:
@@ -126,6 +130,12 @@ class Outbox:
         self._results: dict[str, deque[GenerationOutput]] = {}
         self._handlers: dict[str, tuple[Callable[[GenerationOutput], None], asyncio.AbstractEventLoop]] = {}
         self.open = False  # whether more may come
+
+    def clear(self) -> None:
+        """Forget the results that nobody has asked for."""
+        with self._condition:
+            self._results.clear()
+            self._handlers.clear()
 
     def set_open(self, is_open: bool) -> None:
         with self._condition:

@@ -63,7 +63,7 @@ class AsyncBatchingManager:
         self._loan = ModelLoan(model)
         seed = self.continuous_batching_config.seed
         if seed is None:
-            seed = int(torch.randint(2**62, ()))  # follows `torch.manual_seed`, as `generate` does
+            seed = int(torch.randint(2**62, (), device="cpu"))  # follows `torch.manual_seed`, as `generate` does
         self._door = Door(self._loan, seed)
         self.configure(generation_config, overrides)
         self._outbox = Outbox()
@@ -80,6 +80,18 @@ class AsyncBatchingManager:
         """Set the generation settings of the requests that are added from now on."""
         self._door.generation = resolve_generation(self.model, generation_config, overrides or {})
 
+    def take_up(
+        self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None, workload: Workload
+    ) -> None:
+        """Begin another session of a manager that was kept. Results that nobody asked for are gone."""
+        self.configure(generation_config, overrides)
+        self.workload = workload
+        self._outbox.clear()
+
+    def __reduce__(self) -> tuple:
+        """A kept manager hangs on its model; a copy of the model has none."""
+        return type(None), ()
+
     # ------------------------------------------------------------------------------------------------ control
 
     @property
@@ -91,7 +103,7 @@ class AsyncBatchingManager:
 
     def warmup(self) -> None:
         """Borrow the model and build the engine, cache included, before `start` does. A kept engine is taken up again
-        unless the workload has grown past what it was sized for.
+        if it fits the model and the workload.
 
         Raises:
             ValueError: the model is not supported, or there is no memory for the cache.
@@ -99,18 +111,17 @@ class AsyncBatchingManager:
         if self._loan.out:
             return
         self._loan.borrow()
-        if self._engine is not None and self.workload.longest <= self._engine.longest:
-            self._engine.runner.attach()
-            return
         try:
-            self._drop_engine()
-            shapes = self._loan.probe()
-            settings = resolve_engine(
-                self._loan, shapes.values(), self.continuous_batching_config, self.async_config, self.workload
-            )
-            logger.info(f"async batching with {settings}")
-            with torch.no_grad():
-                self._engine = Engine(self._loan, shapes, settings)
+            # The engine's thread writes to what is made here: no inference tensors, whatever the caller's mode.
+            with torch.inference_mode(False), torch.no_grad():
+                if self._engine is None or not self._engine.fits(self.workload):
+                    self._drop_engine()
+                    shapes = self._loan.probe()
+                    settings = resolve_engine(
+                        self._loan, shapes.values(), self.continuous_batching_config, self.async_config, self.workload
+                    )
+                    logger.info(f"async batching with {settings}")
+                    self._engine = Engine(self._loan, shapes, settings)
                 self._engine.runner.attach()
         except BaseException:
             self._loan.give_back()
@@ -122,11 +133,13 @@ class AsyncBatchingManager:
             if self.is_running():
                 logger.warning("the manager is running already")
                 return
+            if self.fatal_error is not None:
+                self._drop_engine()
+                self.fatal_error = None
             self.warmup()
             self._engine.lanes.enter()
             self._mailbox.reopen()
             self._outbox.set_open(True)
-            self.fatal_error = None
             self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
             self._thread.start()
 
@@ -140,7 +153,7 @@ class AsyncBatchingManager:
         """Finish the requests that are there, take no more, and give the model back.
 
         Args:
-            block (`bool`): wait for that. Otherwise the model is given back by the next `stop` or `destroy`.
+            block (`bool`): wait for that.
             timeout (`float`, *optional*): wait at most so many seconds.
             keep_for_next_session (`bool`): keep the manager on the model for the next call.
             hard_stop (`bool`): end the requests that are not finished with an error instead.
@@ -163,8 +176,6 @@ class AsyncBatchingManager:
             if thread is None:
                 self._close("the manager was stopped before it was started")
             self._thread = None
-            if self._engine is not None:
-                self._engine.lanes.leave()
             self._loan.give_back()
             if keep_for_next_session and self.fatal_error is None:
                 setattr(self.model, CACHED, self)
@@ -175,9 +186,9 @@ class AsyncBatchingManager:
                 delattr(self.model, CACHED)
 
     def _drop_engine(self) -> None:
-        if self._engine is not None:
-            self._engine.lanes.close()
-            self._engine = None
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.lanes.close()
 
     def destroy(self) -> None:
         """Stop, failing what is not finished. Safe to call more than once."""
@@ -197,7 +208,6 @@ class AsyncBatchingManager:
         self._paused_here.depth = getattr(self._paused_here, "depth", 0) + 1
         with self._control:
             self._pauses += 1
-            self._engine.lanes.leave()
             if self._pauses == 1:
                 self._loan.give_back()
         try:
@@ -228,6 +238,8 @@ class AsyncBatchingManager:
             self._deliver(self._engine.scheduler.take_outputs())
             self._engine.scheduler.save_all()
         finally:
+            with self._control:  # all steps have retired: nothing on the device is behind what the host has seen
+                self._loan.give_back()
             self._close(reason)
             self._outbox.set_open(False)
 
@@ -243,8 +255,7 @@ class AsyncBatchingManager:
     def _deliver(self, outputs: list[GenerationOutput]) -> None:
         if not outputs:
             return
-        with self._lock:
-            self._door.let_out(output.request_id for output in outputs if output.is_finished())
+        self._door.let_out(output.request_id for output in outputs if output.is_finished())
         self._outbox.put(outputs)
 
     # ------------------------------------------------------------------------------------------------ requests

@@ -205,6 +205,10 @@ class ModelLoan:
         """Where the weights lie."""
         return [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
 
+    def form(self) -> list[tuple]:
+        """What an engine is built for: modules, and the shape, type and place of each weight."""
+        return [(type(m), *((p.shape, p.dtype, p.device) for p in m.parameters(False))) for m in self.model.modules()]
+
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of the packed tokens at `keep` `[R]`; `ids` and `positions` are `[1, T]`."""
         kept = {"logits_to_keep": keep} if self.takes_logits_to_keep else {}

@@ -15,6 +15,7 @@ from .pages import Pages
 from .request import Rows
 from .sampling import PARAMETER_WORDS, Flavour, Parameters, pick
 from .scheduler import Plan
+from .settings import EngineSettings
 
 
 logger = logging.get_logger(__name__)
@@ -85,46 +86,29 @@ class Runner:
     Args:
         loan (`ModelLoan`): the model, borrowed.
         shapes (`dict`): what `loan.probe()` found.
-        pages (`int`): pages of the cache that can be handed out, beside the padding page.
         rows (`Rows`): the running requests.
-        token_budget (`int`): the largest step.
-        backend (`str`): of attention.
-        compiled (`bool`): compile the model's layers.
-        graphs (`bool`): replay captured steps.
-        with_logprobs (`bool`): compute log-probabilities.
-        debug (`bool`): start with a cache of NaN.
+        settings (`EngineSettings`): every size.
     """
 
     def __init__(
-        self,
-        loan: ModelLoan,
-        shapes: dict[torch.nn.Module, LayerShape],
-        pages: int,
-        page_size: int,
-        rows: Rows,
-        token_budget: int,
-        backend: str,
-        compiled: bool,
-        graphs: bool,
-        with_logprobs: bool,
-        debug: bool,
+        self, loan: ModelLoan, shapes: dict[torch.nn.Module, LayerShape], rows: Rows, settings: EngineSettings
     ) -> None:
         self.loan = loan
         self.device = loan.model.device
         self.rows = rows
-        self.page_size = page_size
-        self.with_logprobs = with_logprobs
+        self.page_size = settings.page_size
+        self.with_logprobs = settings.logprobs
         self.pads = self.device.type == "cuda"
-        self.backend = backend
-        self.compiled = compiled
-        self.graphs = graphs
+        self.backend = settings.backend
+        self.compiled = settings.compiled
+        self.graphs = settings.graphs
         self.padding_row = rows.count
         self.row_buckets = row_buckets(rows.count)
-        self.token_buckets = token_buckets(token_budget)
+        self.token_buckets = token_buckets(settings.token_budget)
 
-        largest = Bucket(token_budget, rows.count, False)
-        self.words_in = sum(largest.sizes(page_size))
-        self.words_out = rows.count * (2 if with_logprobs else 1)
+        largest = Bucket(settings.token_budget, rows.count, False)
+        self.words_in = sum(largest.sizes(self.page_size))
+        self.words_out = rows.count * (2 if self.with_logprobs else 1)
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
         self.static_in = torch.zeros(self.words_in, **on_device)
@@ -136,7 +120,9 @@ class Runner:
         self.layers = {
             module: PagedLayer(
                 *(
-                    torch.empty(pages + 1, page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device)
+                    torch.empty(
+                        settings.pages + 1, self.page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device
+                    )
                     for dim in (shape.key_dim, shape.value_dim)
                 )
             )
@@ -144,11 +130,11 @@ class Runner:
         }
         for layer in self.layers.values():
             for storage in (layer.key_pages, layer.value_pages):
-                if debug:
+                if settings.debug:
                     storage.fill_(torch.nan)
                 storage[Pages.PADDING] = 0
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._storages: list[int] = []
 
     def attach(self) -> None:
@@ -234,41 +220,56 @@ class Runner:
     def step(self, key: StepKey, slot: Slot) -> None:
         """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`."""
         graph = self._graphs.get(key)
-        if graph is None and self.graphs and key in self._graphs:
-            graph = self._graphs[key] = self._capture(key)
+        if graph is None and self.graphs:
+            if key in self._graphs:
+                graph = self._graphs[key] = self._capture(key)
+            else:
+                self._graphs[key] = None
         if graph is not None:
             graph.replay()
         else:
-            self._compute_first(key)
-            self._graphs[key] = None
+            self._compute_uncaptured(key)
         for part in range(2 if self.with_logprobs else 1):
             at = part * key.bucket.rows
             slot.device_out[at : at + key.bucket.rows].copy_(
                 self.static_out[part * self.rows.count :][: key.bucket.rows], non_blocking=True
             )
 
-    def _compute_first(self, key: StepKey) -> None:
+    def _compute_uncaptured(self, key: StepKey) -> None:
         """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
         try:
             self._compute(key)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             if not self.loan.run_as_written():
                 raise
             self.compiled = False
             logger.warning(
                 f"the layers of {type(self.loan.model).__name__} do not compile, they run as they are written: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                f"{_first_line(error)}"
             )
             self._compute(key)
 
-    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph:
-        """Record a step that has run before: its kernels are compiled, and libraries have their workspaces."""
+    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
+        """Record a step that has run before: its kernels are compiled, and libraries have their workspaces. `None`,
+        and no more tries, if the model does what cannot be recorded."""
         logger.debug(f"capturing {key}")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            self._compute(key)
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            ):
+                self._compute(key)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.graphs = False
+            logger.warning(
+                f"steps of {type(self.loan.model).__name__} cannot be captured as CUDA graphs, they run as they come: "
+                f"{_first_line(error)}"
+            )
+            return None
         return graph
 
     def _compute(self, key: StepKey) -> None:
@@ -295,3 +296,7 @@ class Runner:
         for layer in self.layers.values():
             layer.key_pages[index] = torch.nan
             layer.value_pages[index] = torch.nan
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

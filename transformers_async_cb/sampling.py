@@ -10,6 +10,9 @@ import torch
 # One word each of a row's sampling parameters; temperature and top-p are float32 bits.
 PARAMETER_WORDS = 5
 
+# Rows that are sampled at once: each takes a dozen times its logits while it is.
+_SLICE = 128
+
 
 class Flavour(NamedTuple):
     """What the rows of a step need: what nobody needs is not computed."""
@@ -55,6 +58,14 @@ def pick(
     """
     if not flavour.sampled and not flavour.logprobs:
         return logits.argmax(-1).int(), None
+    if len(logits) > _SLICE:
+        slices = zip(
+            logits.split(_SLICE), zip(*(column.split(_SLICE) for column in parameters), strict=True),
+            positions.split(_SLICE), strict=True,
+        )  # fmt: skip
+        picked = [pick(part, Parameters(*columns), at, flavour) for part, columns, at in slices]
+        ids, logprobs = zip(*picked, strict=True)
+        return torch.cat(ids), torch.cat(logprobs) if flavour.logprobs else None
     scores = logits.float()
     if flavour.sampled:
         greedy = (parameters.temperature == 0)[:, None]

@@ -74,9 +74,7 @@ class Scheduler:
         row = self.row_of.get(request.id)
         if row is not None:
             self._end(row, reason)
-        else:
-            self.waiting.remove((request.arrival, request))
-            heapq.heapify(self.waiting)
+        else:  # it stays in the heap until its turn comes, which is when `_admit` leaves it out
             self._refuse(request, reason)
 
     def fail_all(self, reason: str) -> None:
@@ -84,7 +82,9 @@ class Scheduler:
         for row in list(self.row_of.values()):
             self._end(row, reason)
         while self.waiting:
-            self._refuse(heapq.heappop(self.waiting)[1], reason)
+            request = heapq.heappop(self.waiting)[1]
+            if request.finished_time < 0:
+                self._refuse(request, reason)
 
     def save_all(self) -> None:
         """Copy the running requests' tokens so far into them, for whoever ends them without this scheduler."""
@@ -209,6 +209,9 @@ class Scheduler:
         r = self.rows
         while self.waiting and r.free:
             request = self.waiting[0][1]
+            if request.finished_time >= 0:  # cancelled
+                heapq.heappop(self.waiting)
+                continue
             tokens = len(request.tokens)
             needed = self.pages.needed(tokens)
             room = min(self.pages.count, r.pages.shape[1])
@@ -220,7 +223,8 @@ class Scheduler:
                     f"tokens, the cache has {room} for one request",
                 )
                 continue
-            growing = int(((r.phase == Phase.RUNNING) & (r.total < r.limit)).sum())  # each may want a page soon
+            # Each row that may outgrow its pages will want another; its last token needs no place.
+            growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
             if needed + max(growing, self.reserve if growing else 0) > self.pages.free:
                 return None
             row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position

@@ -121,7 +121,7 @@ def resolve_generation(
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
         temperature=temperature if do_sample else 0.0,
-        top_k=top_k,
+        top_k=min(top_k, 2**31 - 1),
         top_p=top_p,
     )
 
@@ -132,12 +132,12 @@ def check_max_new_tokens(value: Any, name: str) -> None:
 
 
 def eos_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids as a tuple; negative ones, transformers' way to say none, are left out."""
+    """End-of-sequence ids as a tuple, without those that no token has: negative is transformers' way to say none."""
     if value is None:
         return ()
     if isinstance(value, torch.Tensor):
         value = value.tolist()
-    return tuple(int(i) for i in ([value] if isinstance(value, int) else value) if i >= 0)
+    return tuple(int(i) for i in ([value] if isinstance(value, int) else value) if 0 <= i < 2**31)
 
 
 class Workload(NamedTuple):
@@ -146,6 +146,12 @@ class Workload(NamedTuple):
     requests: int = 0
     longest: int = 0  # tokens of prompt and answer
     tokens: int = 0  # of all requests together
+
+    def sizes(self, row_limit: int, page_limit: int, page_size: int) -> tuple[int, int]:
+        """Rows and pages that it can use: all there may be, where nothing is known."""
+        rows = min(self.requests or row_limit, row_limit)
+        pages = min(self.tokens // page_size + self.requests, page_limit) if self.tokens else page_limit
+        return min(rows, pages), pages
 
     @classmethod
     def from_hints(cls, hints: Any) -> Workload:
@@ -159,11 +165,13 @@ class Workload(NamedTuple):
 
 
 class EngineSettings(NamedTuple):
-    """Everything that is fixed when an engine is built."""
+    """Everything that is fixed when an engine is built. `row_limit` and `page_limit` bound what any workload gets."""
 
     page_size: int  # tokens
     pages: int
+    page_limit: int
     rows: int  # requests in a step, at most
+    row_limit: int
     token_budget: int  # tokens in a step, at most
     columns: int  # pages of one request, at most
     max_tokens: int  # positions of one request, at most
@@ -174,6 +182,12 @@ class EngineSettings(NamedTuple):
     logprobs: bool
     overlap: bool
     debug: bool
+
+    def fit(self, workload: Workload) -> bool:
+        """Whether an engine of these settings serves `workload` as well as a new one would."""
+        longest = self.columns * self.page_size
+        rows, pages = workload.sizes(self.row_limit, self.page_limit, self.page_size)
+        return workload.longest <= longest and rows <= self.rows and pages <= self.pages
 
 
 def check_batching(config: ContinuousBatchingConfig) -> None:
@@ -223,18 +237,18 @@ def resolve_engine(
     page_size = PAGE_SIZE if stated == THEIR_PAGE_SIZE else stated
     page_bytes = page_size * sum(shape.bytes_per_token for shape in shapes)
     if batching.num_blocks is not None:
-        pages = batching.num_blocks * stated // page_size
+        pages = page_limit = batching.num_blocks * stated // page_size
     else:
-        pages = _free_bytes(device, batching.max_memory_percent) // page_bytes
-        if pages < 1:
+        page_limit = _free_bytes(device, batching.max_memory_percent) // page_bytes
+        if not cuda and not workload.tokens:
+            page_limit = min(page_limit, max(1, 2**31 // page_bytes))
+        if page_limit < 1:
             raise ValueError(f"no memory for the cache: a page of {page_size} tokens takes {page_bytes:,} bytes")
-        if workload.tokens:
-            pages = min(pages, workload.tokens // page_size + workload.requests)
-        elif not cuda:
-            pages = min(pages, max(1, 2**31 // page_bytes))
-    rows = batching.max_requests_per_batch or min(workload.requests or 1024, 1024 if cuda else 256)
-    token_budget = batching.max_batch_tokens or max(2048 if cuda else 512, rows)
-    rows = min(rows, pages, token_budget)
+        _, pages = workload.sizes(1, page_limit, page_size)
+    row_limit = batching.max_requests_per_batch or (1024 if cuda else 256)
+    token_budget = batching.max_batch_tokens or max(2048 if cuda else 512, row_limit)
+    row_limit = min(row_limit, token_budget)
+    rows = min(workload.sizes(row_limit, page_limit, page_size)[0], pages)
     # The text model's stated maximum is no limit where positions are computed, but nobody means to go far beyond.
     longest = max(loan.stated_positions or 0, workload.longest) or pages * page_size
     columns = min(pages, -(-longest // page_size))
@@ -242,7 +256,9 @@ def resolve_engine(
     return EngineSettings(
         page_size=page_size,
         pages=pages,
+        page_limit=page_limit,
         rows=rows,
+        row_limit=row_limit,
         token_budget=token_budget,
         columns=columns,
         max_tokens=min(columns * page_size, learned_positions or columns * page_size),
