@@ -25,6 +25,10 @@ class AsyncBatchingConfig:
             Compile the model's repeated layers with `torch.compile`, all of them as one: seconds once for a model, and
             fewer and larger kernels from then on. By default on CUDA, and not elsewhere. Layers that do not compile
             run as they are written.
+        fuse_projections (`bool`, *optional*):
+            Compute projections that read the same tensor (query, key and value; gate and up) as one product, and
+            products of few rows on a kernel of ours. By default on CUDA, and not elsewhere. The parameters stay the
+            objects they are, but their data move to joined storage while the engine lives.
         debug (`bool`, *optional*, defaults to `False`):
             Fill pages that are given back with NaN and staging buffers with -1, so that a read after release shows
             in the results. Slow.
@@ -33,12 +37,13 @@ class AsyncBatchingConfig:
     overlap: bool = True
     attention_backend: str = "auto"
     compile_layers: bool | None = None
+    fuse_projections: bool | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("overlap", "compile_layers", "debug"):
+        for name in ("overlap", "compile_layers", "fuse_projections", "debug"):
             value = getattr(self, name)
-            if not (isinstance(value, bool) or (name == "compile_layers" and value is None)):
+            if not (isinstance(value, bool) or (value is None and name in ("compile_layers", "fuse_projections"))):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         if self.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(

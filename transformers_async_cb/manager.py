@@ -189,6 +189,7 @@ class AsyncBatchingManager:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.lanes.close()
+            self._loan.separate_products()
 
     def destroy(self) -> None:
         """Stop, failing what is not finished. Safe to call more than once."""

@@ -13,6 +13,7 @@ from . import attention
 from .attention import LayerShape, PagedLayer
 from .attention.probe import NAME as PROBE
 from .attention.probe import probing
+from .linear import Products, noting_inputs
 
 
 class ModelLoan:
@@ -37,6 +38,7 @@ class ModelLoan:
         self._configs: list[tuple[nn.Module, str, PreTrainedConfig]] = []
         self._layers: list[nn.Module] = []
         self._compiled: dict[nn.Module, object] = {}
+        self._products: Products | None = None
         self.out = False
         self._refuse_unfit()
 
@@ -118,6 +120,8 @@ class ModelLoan:
         self.out = False
         delattr(self.model, self._MARK)
         self.run_as_written()
+        if self._products is not None:
+            self._products.remove()
         for module in self._layers:
             delattr(module, attention.ATTRIBUTE)
         for module, name, config in self._configs:
@@ -139,10 +143,11 @@ class ModelLoan:
         name, device = type(self.model).__name__, self.model.device
         positions = torch.arange(2, device=device)[None]
         seen = []
+        self.separate_products()
         self.model.set_attn_implementation(PROBE)
         try:
             for first in (0, 1):
-                with probing() as probe:
+                with probing() as probe, noting_inputs(self.model) as groups:
                     logits = self.forward(torch.tensor([[first, 0]], device=device), positions, positions[0, 1:])
                 seen.append([*probe.inputs, logits])
         except NotImplementedError as error:
@@ -173,12 +178,23 @@ class ModelLoan:
                     f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), which "
                     "async_batching does not support yet"
                 )
+        self._products = Products(self.model, groups)
         return probe.shapes
 
     def attach(self, layers: dict[nn.Module, PagedLayer]) -> None:
         for module, layer in layers.items():
             setattr(module, attention.ATTRIBUTE, layer)
             self._layers.append(module)
+
+    def fuse_products(self) -> None:
+        """Compute products that read the same tensor as one, until the model is given back. Their weights move to
+        joined storage, and stay there until `separate_products`."""
+        self._products.install()
+
+    def separate_products(self) -> None:
+        """Give weights that were joined storage of their own again."""
+        if self._products is not None:
+            self._products.separate()
 
     def compile_layers(self) -> None:
         """Have the repeated layers compiled when they are next called: each entry of a module list that attends.

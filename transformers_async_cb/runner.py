@@ -100,6 +100,7 @@ class Runner:
         self.with_logprobs = settings.logprobs
         self.pads = self.device.type == "cuda"
         self.backend = settings.backend
+        self.fused = settings.fused
         self.compiled = settings.compiled
         self.graphs = settings.graphs
         self.padding_row = rows.count
@@ -140,6 +141,8 @@ class Runner:
     def attach(self) -> None:
         """Give the model's layers their pages. Weights that have moved since the last time void what was captured."""
         self.loan.attach(self.layers)
+        if self.fused:
+            self.loan.fuse_products()
         if self.compiled:
             self.loan.compile_layers()
         storages = self.loan.storages()

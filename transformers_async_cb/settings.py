@@ -177,6 +177,7 @@ class EngineSettings(NamedTuple):
     max_tokens: int  # positions of one request, at most
     reserve: float  # share of the pages that admission leaves free while anything runs
     backend: str
+    fused: bool
     compiled: bool
     graphs: bool
     logprobs: bool
@@ -264,6 +265,7 @@ def resolve_engine(
         max_tokens=min(columns * page_size, learned_positions or columns * page_size),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
+        fused=cuda if own.fuse_projections is None else own.fuse_projections,
         compiled=cuda if own.compile_layers is None else own.compile_layers,
         graphs=cuda and backend != "reference" and graphs not in (False, (False, False)),
         logprobs=batching.return_logprobs,

@@ -1,0 +1,89 @@
+"""Products of few rows in Triton: the weights stream through once, at the rate the memory gives."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+MOST_ROWS = 64
+_COLUMNS, _DEPTH = 64, 128  # of the weight's tile
+
+
+def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `few_rows` can compute this product and is the better way to."""
+    columns, depth = weight.shape
+    return (
+        x.numel() <= MOST_ROWS * depth
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and columns % _COLUMNS == 0
+        and depth % _DEPTH == 0
+        and weight.stride(1) == 1
+        and x.is_contiguous()
+    )
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, counters: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T + bias` of at most `MOST_ROWS` rows; `counters` as for `product`."""
+    columns, depth = weight.shape
+    rows = x.numel() // depth
+    out = x.new_empty(*x.shape[:-1], columns)
+    splits = _splits(columns // _COLUMNS, depth // _DEPTH, x.device)
+    partial = x.new_empty((splits, rows, columns) if splits > 1 else 0, dtype=torch.float32)
+    _few_rows_kernel[(columns // _COLUMNS, splits)](
+        x, weight, bias, out, partial, counters, rows, columns, depth, weight.stride(0),
+        ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=_COLUMNS, DEPTH=_DEPTH, SPLITS=splits,
+        num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache
+def _splits(tiles: int, turns: int, device: torch.device) -> int:
+    """Parts to cut the depth into, so that nearly every multiprocessor has a tile: a power of two that divides it."""
+    wanted = torch.cuda.get_device_properties(device).multi_processor_count - 4 if device.type == "cuda" else 4
+    splits = 1
+    while tiles * splits < wanted and splits < 8 and turns % (2 * splits) == 0:
+        splits *= 2
+    return splits
+
+
+@triton.jit
+def _few_rows_kernel(
+    x, weight, bias, out, partial, counters, rows, columns, depth, weight_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One tile of columns, one part of the depth. The last part to arrive adds them all up, in their order, so that
+    the sum does not depend on who was last."""
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, DEPTH)
+    turns = depth // DEPTH // SPLITS
+    first = split * turns * DEPTH
+    weights = weight + n.to(tl.int64)[:, None] * weight_stride + (first + k)[None, :]
+    inputs = x + m[None, :] * depth + (first + k)[:, None]
+    there = (m < rows)[None, :]
+    acc = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for _ in range(turns):
+        acc = tl.dot(tl.load(weights), tl.load(inputs, mask=there, other=0.0), acc)
+        weights += DEPTH
+        inputs += DEPTH
+    at = m[None, :] * columns + n[:, None]
+    if SPLITS > 1:
+        size = rows * columns
+        tl.store(partial + split * size + at, acc, mask=there)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        acc = tl.zeros([COLUMNS, ROWS], tl.float32)
+        for part in tl.static_range(SPLITS):
+            acc += tl.load(partial + part * size + at, mask=there, other=0.0, volatile=True)
+        tl.store(counters + tile, 0)
+    if bias is not None:
+        acc += tl.load(bias + n)[:, None]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
