@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from .config import AsyncBatchingConfig
 
@@ -39,7 +40,9 @@ WORKLOADS = {
     "small": Workload(16, (8, 64), (32, 32)),
     "blog": Workload(32, (32, 32), (1024, 1024)),
     "post": Workload(32, (32, 32), (8192, 8192)),
+    "mixed": Workload(512, (64, 1024), (32, 512)),
     "wide": Workload(256, (128, 128), (256, 256)),
+    "small-mixed": Workload(1024, (64, 512), (16, 256)),
 }
 
 
@@ -57,25 +60,38 @@ class Result(NamedTuple):
         return self.tokens / statistics.median(self.seconds)
 
 
-def _batch(model: PreTrainedModel, prompts: list[list[int]], config: GenerationConfig, **kwargs) -> int:
-    outputs = model.generate_batch(prompts, generation_config=config, persistent_manager=True, **kwargs)
-    errors = [output.error for output in outputs.values() if output.error is not None]
-    if errors or len(outputs) != len(prompts):
-        raise RuntimeError(f"{len(outputs)} of {len(prompts)} results, errors: {errors[:1]}")
-    return sum(len(output.generated_tokens) for output in outputs.values())
+def _batch(model: PreTrainedModel, prompts: list[list[int]], limits: list[int], **kwargs: Any) -> int:
+    """Generate for all prompts and return the number of tokens; a request that fails raises."""
+    config = GenerationConfig(max_new_tokens=max(limits), do_sample=False, eos_token_id=-1)
+    kwargs |= {"generation_config": config, "persistent_manager": True}
+    if min(limits) == max(limits):
+        outputs = list(model.generate_batch(prompts, **kwargs).values())
+    else:  # limits of its own for each request are the manager's to take
+        hints = WorkloadHints(
+            max_prompt_length=max(map(len, prompts)), max_generated_length=max(limits), num_requests=len(prompts)
+        )
+        with model.continuous_batching_context_manager(workload_hints=hints, **kwargs) as manager:
+            for prompt, limit in zip(prompts, limits, strict=True):
+                manager.add_request(prompt, max_new_tokens=limit)
+            outputs = [manager.get_result() for _ in prompts]
+    if failed := [output.error for output in outputs if output is None or output.error is not None]:
+        raise RuntimeError(f"{len(failed)} of {len(prompts)} requests failed, the first with: {failed[0]}")
+    tokens = sum(len(output.generated_tokens) for output in outputs)
+    if tokens != sum(limits):
+        raise RuntimeError(f"{tokens} tokens came, {sum(limits)} were asked for")
+    return tokens
 
 
-def _ours(overlap: bool) -> Callable[..., int]:
-    return lambda *args: _batch(*args, async_batching=AsyncBatchingConfig(overlap=overlap))
+def _ours(overlap: bool) -> dict[str, Any]:
+    return {"async_batching": AsyncBatchingConfig(overlap=overlap)}
 
 
-def _theirs(use_async: bool) -> Callable[..., int]:
-    return lambda *args: _batch(
-        *args, continuous_batching_config=ContinuousBatchingConfig(use_async_batching=use_async)
-    )
+def _theirs(use_async: bool) -> dict[str, Any]:
+    return {"continuous_batching_config": ContinuousBatchingConfig(use_async_batching=use_async)}
 
 
-ENGINES: dict[str, Callable[[PreTrainedModel, list[list[int]], GenerationConfig], int]] = {
+# What each engine is given beside the workload.
+ENGINES: dict[str, dict[str, Any]] = {
     "ours": _ours(True),
     "ours-no-overlap": _ours(False),
     "transformers-async": _theirs(True),
@@ -84,26 +100,27 @@ ENGINES: dict[str, Callable[[PreTrainedModel, list[list[int]], GenerationConfig]
 
 
 def measure(model: PreTrainedModel, engine: str, workload: Workload, repeats: int) -> Result:
-    """Run a workload `1 + repeats` times on one engine; the first run, which also warms up, is not measured."""
-    if workload.new_tokens[0] != workload.new_tokens[1]:
-        raise ValueError("a workload needs one number of new tokens for all requests")
+    """Run a workload `1 + repeats` times on one engine; the first run, which also warms up, is not measured, unless it
+    is the only one."""
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # transformers' own
-    prompts = workload.prompts(model.get_input_embeddings().num_embeddings)
-    config = GenerationConfig(max_new_tokens=workload.new_tokens[0], do_sample=False, eos_token_id=-1)
+    prompts, limits = workload.prompts(model.get_input_embeddings().num_embeddings), workload.limits()
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        tokens = ENGINES[engine](model, prompts, config)
-        seconds.append(time.perf_counter() - begin)
+    try:
+        for _ in range(1 + repeats):
+            begin = time.perf_counter()
+            tokens = _batch(model, prompts, limits, **copy.deepcopy(ENGINES[engine]))
+            seconds.append(time.perf_counter() - begin)
+    finally:
+        model.destroy_cached_continuous_batching_manager()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-    model.destroy_cached_continuous_batching_manager()
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
-    return Result(engine, tokens, seconds[1:], max(0.0, seconds[0] - statistics.median(seconds[1:])), peak)
+    measured = seconds[1:] or seconds
+    return Result(engine, tokens, measured, max(0.0, seconds[0] - statistics.median(measured)), peak)
 
 
 def environment(device: str) -> str:

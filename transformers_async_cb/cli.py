@@ -96,6 +96,8 @@ def demo(options: argparse.Namespace) -> None:
     reference = sum(map(len, answers["overlap on"])) / (time.perf_counter() - begin)
 
     table = Table(title=f"{options.model} in {options.dtype} on {bench.environment(options.device)}")
+    if options.device == "cpu":
+        table.caption = "On a CPU the lanes are threads that share one interpreter: overlap pays on CUDA."
     table.add_column("")
     for heading in ("requests", "tokens", "tokens/s", "as model.generate"):
         table.add_column(heading, justify="right")

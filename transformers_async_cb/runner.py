@@ -60,20 +60,20 @@ class StepKey(NamedTuple):
 
 
 def row_buckets(largest: int) -> list[int]:
-    """2, 4, 8, then steps of an eighth of the next power of two, at least 8. Not 1, which compiles differently."""
+    """2, 4, 8, then in steps of an eighth of the power of two below, at least 8. Not 1, which compiles differently."""
     sizes, size = [], 2
     while size < largest:
         sizes.append(size)
-        size += size if size < 8 else max(8, 2 ** (size.bit_length() - 3))
+        size += size if size < 8 else max(8, 2 ** (size.bit_length() - 4))
     return [*sizes, largest]
 
 
 def token_buckets(largest: int) -> list[int]:
-    """From 64 up in steps of an eighth of the next power of two."""
+    """From 64 up in steps of an eighth of the power of two below."""
     sizes, size = [], min(64, largest)
     while size < largest:
         sizes.append(size)
-        size += max(8, 2 ** (size.bit_length() - 3))
+        size += max(8, 2 ** (size.bit_length() - 4))
     return [*sizes, largest]
 
 
@@ -105,6 +105,7 @@ class Runner:
         self.graphs = settings.graphs
         self.padding_row = rows.count
         self.row_buckets = row_buckets(rows.count)
+        self.mixed_rows = [-(-rows.count // 16), -(-rows.count // 4), rows.count]
         self.token_buckets = token_buckets(settings.token_budget)
 
         largest = Bucket(settings.token_budget, rows.count, False)
@@ -159,7 +160,8 @@ class Runner:
             if decode_only:
                 tokens = rows = self.row_buckets[np.searchsorted(self.row_buckets, rows)]
             else:
-                tokens, rows = self.token_buckets[np.searchsorted(self.token_buckets, tokens)], self.rows.count
+                tokens = self.token_buckets[np.searchsorted(self.token_buckets, tokens)]
+                rows = next(size for size in self.mixed_rows if size >= rows)
         flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs)
         return StepKey(Bucket(tokens, rows, decode_only), flavour)
 

@@ -1,0 +1,85 @@
+"""The commands, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import new_model
+
+from transformers_async_cb import bench, cli, shapes
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+class TestDemo:
+    def test_compares_every_request_with_generate(self, capsys) -> None:
+        cli.main(["demo", "--requests", "5", "--new-tokens", "6", "--device", "cpu"])
+        lines = capsys.readouterr().out.splitlines()
+        for name in ("overlap on", "overlap off"):
+            (row,) = [line for line in lines if name in line]
+            assert "5 of 5" in row
+            assert "30" in row.split()
+
+    def test_says_so_and_fails_when_tokens_differ(self, monkeypatch, capsys) -> None:
+        model = shapes.load("tiny", "cpu", torch.float32)
+        other = shapes.load("tiny", "cpu", torch.float32, seed=1)
+        monkeypatch.setattr(model, "generate", other.generate)
+        monkeypatch.setattr(shapes, "load", lambda *_: model)
+        with pytest.raises(SystemExit, match="do not match"):
+            cli.main(["demo", "--requests", "3", "--new-tokens", "8", "--device", "cpu"])
+        assert "0 of 3" in capsys.readouterr().out
+
+    def test_takes_a_folder(self, tmp_path, capsys) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        words = sorted({word for text in cli._TEXTS for word in text.split()})
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *words])}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path)
+        new_model("qwen3").save_pretrained(tmp_path)
+        cli.main(["demo", "--model", str(tmp_path), "--requests", "7", "--new-tokens", "5", "--device", "cpu"])
+        assert capsys.readouterr().out.count("7 of 7") == 2
+
+
+class TestBench:
+    def test_measures_engines_side_by_side(self, monkeypatch, tmp_path, capsys) -> None:
+        monkeypatch.setitem(bench.WORKLOADS, "small", bench.Workload(4, (3, 9), (5, 5)))
+        file = tmp_path / "results.json"
+        cli.main(["bench", "small", "--device", "cpu", "--repeats", "2", "--json", str(file)])
+        record = json.loads(file.read_text())
+        out = capsys.readouterr().out
+        assert [result["engine"] for result in record["results"]] == ["ours", "ours-no-overlap", "transformers"]
+        for result in record["results"]:
+            assert result["tokens"] == 20
+            assert len(result["seconds"]) == 2
+            assert any(result["engine"] in line.split() for line in out.splitlines())
+
+    def test_gives_each_request_its_own_limit(self, monkeypatch) -> None:
+        model = shapes.load("tiny", "cpu", torch.float32)
+        workload = bench.Workload(6, (3, 9), (2, 8))
+        assert len(set(workload.limits())) > 1
+        result = bench.measure(model, "ours", workload, repeats=0)
+        assert result.tokens == sum(workload.limits())
+        assert len(result.seconds) == 1
+
+    def test_does_not_measure_requests_that_fail(self) -> None:
+        model = new_model("gpt2")
+        with pytest.raises(RuntimeError, match="1 of 1 requests failed"):
+            bench.measure(model, "ours", bench.Workload(1, (500, 500), (40, 40)), repeats=0)
+
+
+def test_python_m_is_the_command_too(monkeypatch, capsys) -> None:
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", ["transformers-async-cb", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("transformers_async_cb", run_name="__main__")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip()

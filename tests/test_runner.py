@@ -1,0 +1,88 @@
+"""Layers are compiled as one, or run as they are written; steps are padded to sizes that are few."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+import torch
+from conftest import greedy, new_model, random_prompts, reference, shared_model
+from torch._dynamo.utils import counters
+
+from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb.attention import reference as reference_backend
+from transformers_async_cb.runner import Runner, row_buckets, token_buckets
+
+
+PROMPTS = random_prompts(12, longest=60)
+COMPILED = AsyncBatchingConfig(compile_layers=True, fuse_projections=True)
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def generated(model, **kwargs) -> list[list[int]]:
+    outputs = model.generate_batch(PROMPTS, generation_config=greedy(12), async_batching=COMPILED, **kwargs)
+    assert [output.error for output in outputs.values()] == [None] * len(PROMPTS)
+    return [output.generated_tokens for output in outputs.values()]
+
+
+class TestCompiledLayers:
+    @needs_a_compiler
+    def test_are_one_graph_for_all_layers_and_steps_that_reads_the_cache_itself(self, monkeypatch) -> None:
+        model = new_model("llama", num_hidden_layers=3)
+        expected = [reference(model, prompt, greedy(12)) for prompt in PROMPTS]
+        written, made = set(), set()
+        write_pages, init = reference_backend.write_pages, Runner.__init__
+
+        def noting_pages(key, value, key_pages, value_pages, step) -> None:
+            written.update((key_pages.data_ptr(), value_pages.data_ptr()))
+            write_pages(key, value, key_pages, value_pages, step)
+
+        def noting_caches(self, *args) -> None:
+            init(self, *args)
+            made.update(pages.data_ptr() for layer in self.layers.values() for pages in layer)
+
+        monkeypatch.setattr(reference_backend, "write_pages", noting_pages)
+        monkeypatch.setattr(Runner, "__init__", noting_caches)
+        before = counters["stats"]["unique_graphs"]
+        assert generated(model) == expected
+        assert counters["stats"]["unique_graphs"] - before == 1
+        assert written == made, "no copy of the cache was written to"
+        assert len(made) == 6
+
+    def test_run_as_they_are_written_if_they_do_not_compile(self, monkeypatch, caplog) -> None:
+        model = new_model("llama")
+        expected = [reference(shared_model("llama"), prompt, greedy(12)) for prompt in PROMPTS]
+        forward = type(model.model.layers[0].mlp).forward
+
+        def breaking(self, x):
+            torch._dynamo.graph_break()
+            return forward(self, x)
+
+        monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", breaking)
+        with caplog.at_level(logging.WARNING):
+            assert generated(model) == expected
+        warnings = {record.getMessage() for record in caplog.records if "do not compile" in record.getMessage()}
+        assert len(warnings) == 1
+        assert "LlamaForCausalLM" in warnings.pop()
+        assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("largest", [1, 2, 5, 31, 32, 256, 1000, 1024])
+def test_rows_are_padded_by_at_most_eight_or_an_eighth(largest: int) -> None:
+    sizes = row_buckets(largest)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == largest
+    for rows in range(1, largest + 1):
+        padded = next(size for size in sizes if size >= rows)
+        assert padded - rows <= max(7, rows / 8)
+
+
+@pytest.mark.parametrize("largest", [1, 48, 64, 100, 2048, 5000])
+def test_tokens_are_padded_by_at_most_an_eighth_from_64_on(largest: int) -> None:
+    sizes = token_buckets(largest)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == largest
+    for tokens in range(64, largest + 1):
+        padded = next(size for size in sizes if size >= tokens)
+        assert padded - tokens <= tokens / 8
