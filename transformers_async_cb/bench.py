@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import platform
 import statistics
 import time
@@ -99,9 +100,11 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(model: PreTrainedModel, engine: str, workload: Workload, repeats: int) -> Result:
+def measure(
+    model: PreTrainedModel, engine: str, workload: Workload, repeats: int, patience: float = math.inf
+) -> Result:
     """Run a workload `1 + repeats` times on one engine; the first run, which also warms up, is not measured, unless it
-    is the only one."""
+    stays the only one: because no more are asked for, or because it takes longer than `patience` seconds."""
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # transformers' own
     prompts, limits = workload.prompts(model.get_input_embeddings().num_embeddings), workload.limits()
     cuda = model.device.type == "cuda"
@@ -113,6 +116,8 @@ def measure(model: PreTrainedModel, engine: str, workload: Workload, repeats: in
             begin = time.perf_counter()
             tokens = _batch(model, prompts, limits, **copy.deepcopy(ENGINES[engine]))
             seconds.append(time.perf_counter() - begin)
+            if seconds[0] > patience:
+                break
     finally:
         model.destroy_cached_continuous_batching_manager()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None

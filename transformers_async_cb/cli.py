@@ -48,6 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--engines", nargs="+", choices=bench.ENGINES, default=["ours", "ours-no-overlap", "transformers"]
     )
     bench_parser.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: 3)")
+    bench_parser.add_argument(
+        "--patience", type=float, default=60, metavar="S",
+        help="an engine whose first run takes longer than so many seconds is not run again (default: 60)",
+    )  # fmt: skip
     bench_parser.add_argument("--json", metavar="FILE", help="write the results there as well")
 
     for command in (demo_parser, bench_parser):
@@ -134,18 +138,19 @@ def run_bench(options: argparse.Namespace) -> None:
     results: list[dict] = []
     table = Table(
         title=f"{options.workload} ({workload.requests} requests) with {options.model} in {dtype}",
-        caption=f"median of {options.repeats} runs; {where}",
+        caption=f"median of the runs after the first, or the first itself if it is the only one; {where}",
     )
     table.add_column("engine")
-    for heading in ("tokens/s", "seconds", "warm-up s", "peak GiB"):
+    for heading in ("tokens/s", "seconds", "runs", "warm-up s", "peak GiB"):
         table.add_column(heading, justify="right")
     for engine in options.engines:
         with console.status(f"{engine}: 1 + {options.repeats} runs of {options.workload}"):
-            result = bench.measure(model, engine, workload, options.repeats)
+            result = bench.measure(model, engine, workload, options.repeats, options.patience)
         table.add_row(
             result.engine,
             f"{result.tokens_per_second:,.0f}",
             f"{result.tokens / result.tokens_per_second:.2f}",
+            str(len(result.seconds)),
             f"{result.warmup_seconds:.1f}",
             "" if result.peak_gib is None else f"{result.peak_gib:.1f}",
         )
