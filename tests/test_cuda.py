@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, greedy, new_model, random_prompts, reference, shared_model
@@ -30,13 +32,15 @@ def batching(**changes) -> ContinuousBatchingConfig:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_on_the_gpu_are_those_of_generate(family, overlap, graphs):
     model = shared_model(family, "cuda")
-    prompts = random_prompts(100)
-    config = greedy(24, eos_token_id=[3, 11])
-    expected = [reference(model, prompt, config) for prompt in prompts]
+    draw, eos_ids = random.Random(0), [3, 17, 31, 50, 77, 90]
+    asked = [(prompt, draw.randint(1, 24)) for prompt in random_prompts(200)]
+    expected = [reference(model, prompt, greedy(limit, eos_ids)) for prompt, limit in asked]
     manager = model.init_continuous_batching(
-        config, batching(use_cuda_graph=graphs), async_batching=AsyncBatchingConfig(overlap=overlap, debug=True)
+        greedy(eos_token_id=eos_ids),
+        batching(use_cuda_graph=graphs),
+        async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
     )
-    ids = manager.add_requests(prompts)
+    ids = [manager.add_request(prompt, max_new_tokens=limit) for prompt, limit in asked]
     manager.start()
     engine = manager._engine
     answers = {output.request_id: output for output in (manager.get_result() for _ in ids)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import FAMILIES, greedy, new_model, random_prompts, reference, sha
 from torch import nn
 
 from transformers_async_cb import AsyncBatchingConfig
-from transformers_async_cb.linear import Product, SharedProduct, noting_inputs
+from transformers_async_cb.linear import Product, Products, Shared, SharedProduct, noting_inputs
 
 
 FUSED = AsyncBatchingConfig(fuse_projections=True)
@@ -61,6 +62,26 @@ class TestWhatIsJoined:
         attention = model.model.layers[0].self_attn
         attention.k_proj.bias = nn.Parameter(torch.zeros(attention.k_proj.out_features))
         assert [len(group) for group in groups_of(model)[:3]] == [1, 1, 1]
+
+
+def test_separating_never_holds_all_weights_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model("llama", num_hidden_layers=4)
+    with torch.no_grad(), noting_inputs(model) as groups:
+        model(torch.tensor([[1, 2]]), use_cache=False)
+    products = Products(model, groups)
+    products.install()
+    products.remove()
+    joined = [weakref.ref(shared) for shared in products._shared]
+    alive: list[int] = []
+    separate = Shared.separate
+
+    def counting(self) -> None:
+        alive.append(sum(shared() is not None for shared in joined))
+        separate(self)
+
+    monkeypatch.setattr(Shared, "separate", counting)
+    products.separate()
+    assert alive == list(range(len(joined), 0, -1))
 
 
 class TestGenerating:

@@ -128,11 +128,11 @@ class Products:
         self._replaced.clear()
 
     def separate(self) -> None:
-        """Give the weights storage of their own again."""
-        for shared in self._shared:
+        """Give the weights storage of their own again, one group after another: never all of them twice in memory."""
+        while self._shared:
+            shared = self._shared.pop()
             if shared.intact():
                 shared.separate()
-        self._shared.clear()
 
 
 @contextmanager
