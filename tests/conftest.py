@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +107,20 @@ def reference(model: PreTrainedModel, prompt: Sequence[int], config: GenerationC
     if key not in answers:
         answers[key] = generate_alone(model, prompt, config)
     return list(answers[key])
+
+
+def run_in_interpreter(file: str) -> str:
+    """What a test file prints, run as a script under Triton's interpreter: that is chosen when triton is imported."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, file],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        cwd=Path(file).parent,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def engine_threads() -> list[str]:

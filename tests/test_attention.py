@@ -1,12 +1,8 @@
 """Both attention backends against softmax attention over each sequence's own keys, written out."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import run_in_interpreter
 
 from transformers_async_cb.attention import Step, choose_backend, reference
 
@@ -103,17 +99,7 @@ def test_the_reference_is_softmax_attention_over_each_sequence(sequences, shape,
 
 
 def test_the_triton_backend_is_softmax_attention_over_each_sequence():
-    """Triton's interpreter is chosen when triton is imported, so this runs in a process of its own."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == "checked:20"
+    assert run_in_interpreter(__file__).split()[-1] == "checked:20"
 
 
 @pytest.mark.gpu

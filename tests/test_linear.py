@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, greedy, new_model, random_prompts, reference, shared_model
+from conftest import FAMILIES, greedy, new_model, random_prompts, reference, run_in_interpreter, shared_model
 from torch import nn
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -167,17 +163,7 @@ def check_few_rows(device: str, dtype: torch.dtype) -> int:
 
 
 def test_few_rows_are_products_like_any_other() -> None:
-    """Triton's interpreter is chosen when triton is imported, so this runs in a process of its own."""
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split()[-1] == "checked:20"
+    assert run_in_interpreter(__file__).split()[-1] == "checked:20"
 
 
 @pytest.mark.gpu
