@@ -69,6 +69,15 @@ class TestBench:
         assert result.tokens == sum(workload.limits())
         assert len(result.seconds) == 1
 
+    def test_measures_the_host_alone(self, monkeypatch, tmp_path, capsys) -> None:
+        monkeypatch.setattr(bench, "HOST_SIZES", (3, 40))
+        file = tmp_path / "host.json"
+        cli.main(["bench", "host", "--repeats", "1", "--json", str(file)])
+        host_ms = json.loads(file.read_text())["host_ms"]
+        assert list(host_ms) == ["3", "40"]
+        out = capsys.readouterr().out
+        assert all(f"{milliseconds:.3f}" in out for milliseconds in host_ms.values())
+
     def test_does_not_measure_requests_that_fail(self) -> None:
         model = new_model("gpt2")
         with pytest.raises(RuntimeError, match="1 of 1 requests failed"):

@@ -18,6 +18,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from .config import AsyncBatchingConfig
+from .lanes import Lanes, Slot
+from .shapes import load
 
 
 class Workload(NamedTuple):
@@ -126,6 +128,61 @@ def measure(
         torch.cuda.empty_cache()
     measured = seconds[1:] or seconds
     return Result(engine, tokens, measured, max(0.0, seconds[0] - statistics.median(measured)), peak)
+
+
+HOST_SIZES = (32, 256, 1024, 4096)
+
+
+class NullLanes:
+    """Lanes that lead nowhere: what is left is the host's own work. Every token that comes back is 0."""
+
+    def __init__(self, words_in: int, words_out: int) -> None:
+        self._slots = [Slot(words_in, words_out, torch.device("cpu")) for _ in range(Lanes.DEPTH)]
+        for slot in self._slots:
+            slot.array_out.fill(0)
+        self._turn = 0
+
+    def stage(self) -> Slot:
+        self._turn = (self._turn + 1) % Lanes.DEPTH
+        return self._slots[self._turn]
+
+    def launch(self, *_: object, **__: object) -> None: ...
+
+    def collect(self, slot: Slot) -> np.ndarray:
+        return slot.array_out
+
+    def enter(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def measure_host(requests: int, steps: int = 200, repeats: int = 3) -> float:
+    """Milliseconds the host needs for a decoding step of so many requests: plan, stage, launch and retire on null
+    lanes. The median of what `steps` more steps take beyond a first run of a few."""
+    model = load("tiny", "cpu", torch.float32)
+    prompts = [[1] * 32] * requests
+
+    def seconds(new_tokens: int) -> float:
+        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+        batching = ContinuousBatchingConfig(
+            max_requests_per_batch=requests, max_batch_tokens=64 * requests, max_memory_percent=0.9
+        )
+        manager = model.init_continuous_batching(config, batching, async_batching=True)
+        manager.add_requests(prompts)
+        manager.size_for_pending()
+        manager.warmup()
+        engine = manager._engine
+        engine.lanes.close()
+        engine.lanes = NullLanes(engine.runner.words_in, engine.runner.words_out)
+        begin = time.perf_counter()
+        manager.start()
+        manager.stop()
+        return time.perf_counter() - begin
+
+    few = 8
+    seconds(few)
+    taken = [seconds(few + steps) - seconds(few) for _ in range(repeats)]
+    return statistics.median(taken) / steps * 1e3
 
 
 def environment(device: str) -> str:

@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     bench_parser = commands.add_parser("bench", help="measure engines side by side")
     bench_parser.set_defaults(run=run_bench)
-    bench_parser.add_argument("workload", nargs="?", choices=bench.WORKLOADS, default="small")
+    bench_parser.add_argument(
+        "workload", nargs="?", choices=[*bench.WORKLOADS, "host"], default="small",
+        help="requests to generate for, or host: the host's own work for a step, without a device (default: small)",
+    )  # fmt: skip
     bench_parser.add_argument(
         "--engines", nargs="+", choices=bench.ENGINES, default=["ours", "ours-no-overlap", "transformers"]
     )
@@ -101,7 +104,7 @@ def demo(options: argparse.Namespace) -> None:
 
     table = Table(title=f"{options.model} in {options.dtype} on {bench.environment(options.device)}")
     if options.device == "cpu":
-        table.caption = "On a CPU the lanes are threads that share one interpreter: overlap pays on CUDA."
+        table.caption = "on a CPU the lanes are threads of one interpreter: what overlap is worth shows on CUDA"
     table.add_column("")
     for heading in ("requests", "tokens", "tokens/s", "as model.generate"):
         table.add_column(heading, justify="right")
@@ -130,6 +133,8 @@ def _demo_prompts(options: argparse.Namespace, model: PreTrainedModel) -> list[l
 def run_bench(options: argparse.Namespace) -> None:
     """Measure the engines one after another; the table and the file grow with each."""
     console = Console()
+    if options.workload == "host":
+        return _bench_host(options, console)
     dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     with console.status(f"loading {options.model}"):
         model = shapes.load(options.model, options.device, getattr(torch, dtype))
@@ -159,3 +164,18 @@ def run_bench(options: argparse.Namespace) -> None:
             with open(options.json, "w") as file:
                 json.dump(record | {"results": results}, file, indent=1)
     console.print(table)
+
+
+def _bench_host(options: argparse.Namespace, console: Console) -> None:
+    table = Table(title="host work of a decoding step", caption=bench.environment("cpu"), min_width=60)
+    table.add_column("requests", justify="right")
+    table.add_column("ms a step", justify="right")
+    host_ms = {}
+    for requests in bench.HOST_SIZES:
+        with console.status(f"{requests} requests"):
+            host_ms[str(requests)] = milliseconds = bench.measure_host(requests, repeats=options.repeats)
+        table.add_row(f"{requests:,}", f"{milliseconds:.3f}")
+    console.print(table)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"host_ms": host_ms, "environment": bench.environment("cpu")}, file, indent=1)
