@@ -50,6 +50,18 @@ class TestCompiledLayers:
         assert written == made, "no copy of the cache was written to"
         assert len(made) == 6
 
+    @needs_a_compiler
+    def test_are_compiled_for_more_models_than_torch_would_by_itself(self, caplog) -> None:
+        torch._dynamo.reset()
+        limit = torch._dynamo.config.recompile_limit
+        prompt, before = [1, 2, 3], counters["stats"]["unique_graphs"]
+        for i in range(limit + 1):
+            model = new_model("llama", num_hidden_layers=1, hidden_size=16 * (i + 1), intermediate_size=16)
+            outputs = model.generate_batch([prompt], generation_config=greedy(3), async_batching=COMPILED)
+            assert outputs["req_0"].generated_tokens == reference(model, prompt, greedy(3))
+        assert counters["stats"]["unique_graphs"] - before > limit
+        assert not [record for record in caplog.records if "do not compile" in record.getMessage()]
+
     def test_run_as_they_are_written_if_they_do_not_compile(self, monkeypatch, caplog) -> None:
         model = new_model("llama")
         expected = [reference(shared_model("llama"), prompt, greedy(12)) for prompt in PROMPTS]

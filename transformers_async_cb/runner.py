@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,11 @@ from .settings import EngineSettings
 
 
 logger = logging.get_logger(__name__)
+
+
+# Graphs that torch may keep for one piece of code. All models of a process share the code that calls their layers, so
+# its own limit of 8 would stop the ninth.
+_MOST_GRAPHS = 256
 
 
 class StepArrays(NamedTuple):
@@ -243,7 +249,8 @@ class Runner:
     def _compute_uncaptured(self, key: StepKey) -> None:
         """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
         try:
-            self._compute(key)
+            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS) if self.compiled else nullcontext():
+                self._compute(key)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
