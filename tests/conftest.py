@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -88,6 +89,13 @@ def random_prompts(count: int, longest: int = 300, shortest: int = 1, seed: int 
 def greedy(max_new_tokens: int | None = None, eos_token_id: int | list[int] | None = None) -> GenerationConfig:
     """Greedy decoding up to a limit or an EOS. The pad id keeps `generate` from warning about having none."""
     return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, pad_token_id=0)
+
+
+def batching(**settings: Any) -> ContinuousBatchingConfig:
+    """A `ContinuousBatchingConfig`; `page_size` is called `block_size` in transformers 5.17."""
+    if "page_size" in settings and not hasattr(ContinuousBatchingConfig(), "page_size"):
+        settings["block_size"] = settings.pop("page_size")
+    return ContinuousBatchingConfig(**settings)
 
 
 def generate_alone(model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig) -> list[int]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, VOCABULARY, greedy, new_model, random_prompts, reference, shared_model
+from conftest import FAMILIES, VOCABULARY, batching, greedy, new_model, random_prompts, reference, shared_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -16,15 +16,10 @@ from transformers_async_cb.lanes import CudaLane, Lanes
 
 pytestmark = pytest.mark.gpu
 
-# Pages for two or three of the requests, and prompts cut into chunks.
-TIGHT = {"page_size": 4, "num_blocks": 100, "max_batch_tokens": 48}
 
-
-def batching(**changes) -> ContinuousBatchingConfig:
-    settings = TIGHT | changes
-    if not hasattr(ContinuousBatchingConfig(), "page_size"):  # transformers 5.17
-        settings["block_size"] = settings.pop("page_size")
-    return ContinuousBatchingConfig(**settings)
+def tight(**changes) -> ContinuousBatchingConfig:
+    """Pages for two or three of the requests, and prompts cut into chunks."""
+    return batching(page_size=4, num_blocks=100, max_batch_tokens=48, **changes)
 
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no-graphs"])
@@ -37,7 +32,7 @@ def test_tokens_on_the_gpu_are_those_of_generate(family, overlap, graphs):
     expected = [reference(model, prompt, greedy(limit, eos_ids)) for prompt, limit in asked]
     manager = model.init_continuous_batching(
         greedy(eos_token_id=eos_ids),
-        batching(use_cuda_graph=graphs),
+        tight(use_cuda_graph=graphs),
         async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
     )
     ids = [manager.add_request(prompt, max_new_tokens=limit) for prompt, limit in asked]
@@ -131,7 +126,7 @@ def sanitized_errors() -> list[str | None]:
     outputs = model.generate_batch(
         random_prompts(40, longest=120),
         generation_config=greedy(24, eos_token_id=[3, 11]),
-        continuous_batching_config=batching(use_cuda_graph=False),
+        continuous_batching_config=tight(use_cuda_graph=False),
         async_batching=AsyncBatchingConfig(compile_layers=False),
     )
     return [output.error for output in outputs.values()]

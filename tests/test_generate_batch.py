@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import FAMILIES, greedy, random_prompts, reference, shared_model
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from conftest import FAMILIES, batching, greedy, random_prompts, reference, shared_model
+from transformers import GenerationConfig
 from transformers.generation.continuous_batching import RequestStatus
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -36,11 +36,11 @@ def ask_generate(family: str, count: int, longest_answer: int = 24, seed: int = 
     return [Asked(p, n, reference(model, p, greedy(n, EOS_IDS))) for p, n in zip(prompts, limits, strict=True)]
 
 
-def run(family: str, asked: list[Asked], own: AsyncBatchingConfig, **batching: int) -> Engine:
+def run(family: str, asked: list[Asked], own: AsyncBatchingConfig, **sizes: int) -> Engine:
     """Run the requests all at once, compare each with its answer, check the books and return the engine."""
     manager = shared_model(family).init_continuous_batching(
         generation_config=greedy(eos_token_id=EOS_IDS),
-        continuous_batching_config=ContinuousBatchingConfig(**batching),
+        continuous_batching_config=batching(**sizes),
         async_batching=own,
     )
     ids = [manager.add_request(request.prompt, max_new_tokens=request.max_new_tokens) for request in asked]
@@ -82,7 +82,7 @@ class TestTokensEqualGenerates:
         assert (engine.scheduler.discarded > 0) == overlap
 
     @OVERLAP
-    @pytest.mark.parametrize("batching", [
+    @pytest.mark.parametrize("sizes", [
         {"num_blocks": 2},  # of 256 tokens
         {"num_blocks": 24, "page_size": 16, "max_batch_tokens": 7},
         {"num_blocks": 330, "page_size": 1, "max_batch_tokens": 64},
@@ -90,8 +90,8 @@ class TestTokensEqualGenerates:
         {"max_requests_per_batch": 1},
         {"page_size": 13, "max_batch_tokens": 100, "safety_margin": 0.5, "num_blocks": 60},
     ], ids=str)  # fmt: skip
-    def test_for_any_sizes(self, batching: dict, overlap: bool) -> None:
-        run("mistral", ask_generate("mistral", 60), AsyncBatchingConfig(overlap=overlap, debug=True), **batching)
+    def test_for_any_sizes(self, sizes: dict, overlap: bool) -> None:
+        run("mistral", ask_generate("mistral", 60), AsyncBatchingConfig(overlap=overlap, debug=True), **sizes)
 
     @OVERLAP
     def test_when_the_pool_holds_just_the_longest_request(self, overlap: bool) -> None:
@@ -107,7 +107,7 @@ class TestTokensEqualGenerates:
         asked = [Asked(p, 100, reference(model, p, config)) for p in prompts]
         manager = model.init_continuous_batching(
             config,
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=40, page_size=3, max_batch_tokens=16),
+            continuous_batching_config=batching(num_blocks=40, page_size=3, max_batch_tokens=16),
             async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
         )
         manager.add_requests(prompts)
@@ -122,9 +122,9 @@ class TestTokensEqualGenerates:
     def test_when_requests_come_while_others_run(self) -> None:
         asked = ask_generate("llama", 60)
         model = shared_model("llama")
-        batching = ContinuousBatchingConfig(num_blocks=120, page_size=4, max_batch_tokens=40)
+        sizes = batching(num_blocks=120, page_size=4, max_batch_tokens=40)
         with model.continuous_batching_context_manager(
-            greedy(eos_token_id=EOS_IDS), continuous_batching_config=batching, async_batching=True
+            greedy(eos_token_id=EOS_IDS), continuous_batching_config=sizes, async_batching=True
         ) as manager:
             answers: dict[str, list[int]] = {}
             for request in asked:
@@ -181,7 +181,7 @@ class TestResults:
         outputs = shared_model("llama").generate_batch(
             random_prompts(20, longest=40),
             generation_config=greedy(9, EOS_IDS),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=20, page_size=4),
+            continuous_batching_config=batching(num_blocks=20, page_size=4),
             record_timestamps=True,
             async_batching=AsyncBatchingConfig(overlap=overlap),
         )
@@ -196,9 +196,7 @@ class TestResults:
         outputs = any_model.generate_batch(
             prompts,
             generation_config=greedy(limit),
-            continuous_batching_config=ContinuousBatchingConfig(
-                return_logprobs=True, num_blocks=36, page_size=4, max_batch_tokens=40
-            ),
+            continuous_batching_config=batching(return_logprobs=True, num_blocks=36, page_size=4, max_batch_tokens=40),
             async_batching=AsyncBatchingConfig(overlap=overlap),
         )
         for prompt, output in zip(prompts, outputs.values(), strict=True):
@@ -251,7 +249,7 @@ class TestRequestsThatCannotFit:
         outputs = llama.generate_batch(
             prompts,
             generation_config=greedy(8),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=10, page_size=4),
+            continuous_batching_config=batching(num_blocks=10, page_size=4),
             async_batching=True,
         )
         assert [o.status for o in outputs.values()] == [
@@ -269,7 +267,7 @@ class TestRequestsThatCannotFit:
         model, prompts = shared_model("llama"), [[1] * 20, [2] * 20, [3] * 20]
         manager = model.init_continuous_batching(
             greedy(8),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=10, page_size=4),
+            continuous_batching_config=batching(num_blocks=10, page_size=4),
             async_batching=AsyncBatchingConfig(overlap=overlap),
         )
         for prompt, limit in zip(prompts, (8, 60, 8), strict=True):
@@ -297,11 +295,11 @@ class TestRequestsThatCannotFit:
 class TestSampling:
     @staticmethod
     def tokens(
-        prompts: list[list[int]], seed: int | None = 7, overlap: bool = True, ids: list[str] | None = None, **batching
+        prompts: list[list[int]], seed: int | None = 7, overlap: bool = True, ids: list[str] | None = None, **sizes
     ) -> dict[str, list[int]]:
         manager = shared_model("llama").init_continuous_batching(
             GenerationConfig(do_sample=True, temperature=2.0, top_k=40, top_p=0.95, max_new_tokens=12),
-            continuous_batching_config=ContinuousBatchingConfig(seed=seed, **({"num_blocks": 64} | batching)),
+            continuous_batching_config=batching(seed=seed, **({"num_blocks": 64} | sizes)),
             async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
         )
         for i, prompt in enumerate(prompts):
@@ -358,7 +356,7 @@ class TestSampling:
         outputs = llama.generate_batch(
             [prompt] * draws,
             generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(seed=0),
+            continuous_batching_config=batching(seed=0),
             async_batching=True,
         )
         drawn = torch.tensor([output.generated_tokens[0] for output in outputs.values()])
@@ -386,7 +384,7 @@ class TestSampling:
         outputs = llama.generate_batch(
             [[11, 12, 13]] * 50,
             generation_config=config,
-            continuous_batching_config=ContinuousBatchingConfig(seed=0, return_logprobs=True),
+            continuous_batching_config=batching(seed=0, return_logprobs=True),
             async_batching=True,
         )
         ids = torch.tensor([[11, 12, 13]])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import engine_threads, greedy, new_model, random_prompts, reference, shared_model
+from conftest import batching, engine_threads, greedy, new_model, random_prompts, reference, shared_model
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -40,19 +40,17 @@ def delay(monkeypatch: pytest.MonkeyPatch, longest: dict[str, float], seed: int 
     monkeypatch.setattr(HostLane, "_do", dawdle)
 
 
-def batching(**changes: int) -> ContinuousBatchingConfig:
+def tight(**changes: int) -> ContinuousBatchingConfig:
     """Room for a few requests at a time, prompts in several chunks."""
-    settings = {"num_blocks": 48, "page_size": 4, "max_batch_tokens": 24, "max_requests_per_batch": 12} | changes
-    if not hasattr(ContinuousBatchingConfig(), "page_size"):  # transformers 5.17
-        settings["block_size"] = settings.pop("page_size")
-    return ContinuousBatchingConfig(**settings)
+    sizes = {"num_blocks": 48, "page_size": 4, "max_batch_tokens": 24, "max_requests_per_batch": 12}
+    return batching(**sizes | changes)
 
 
 def run(
     prompts: list[list[int]], limit: int, overlap: bool = True, debug: bool = True
 ) -> tuple[dict[str, GenerationOutput], Engine]:
     manager = shared_model("llama").init_continuous_batching(
-        greedy(limit, EOS_IDS), batching(), async_batching=AsyncBatchingConfig(overlap=overlap, debug=debug)
+        greedy(limit, EOS_IDS), tight(), async_batching=AsyncBatchingConfig(overlap=overlap, debug=debug)
     )
     manager.add_requests(prompts)
     manager.start()
@@ -107,7 +105,7 @@ class TestDelays:
         delay(monkeypatch, dict.fromkeys(LANES, 0.003), seed=1)
         prompt = random_prompts(1, shortest=50, longest=50)[0]
         with llama.continuous_batching_context_manager(
-            greedy(12), continuous_batching_config=batching(), async_batching=AsyncBatchingConfig(debug=True)
+            greedy(12), continuous_batching_config=tight(), async_batching=AsyncBatchingConfig(debug=True)
         ) as manager:
             streamed = manager.add_request(prompt, streaming=True)
             manager.add_requests(random_prompts(8, longest=40))
@@ -119,7 +117,7 @@ class TestDelays:
         self, llama, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         delay(monkeypatch, dict.fromkeys(LANES, 0.003), seed=2)
-        manager = llama.init_continuous_batching(greedy(200), batching(), async_batching=True)
+        manager = llama.init_continuous_batching(greedy(200), tight(), async_batching=True)
         ids = manager.add_requests(random_prompts(20, longest=40))
         manager.start()
         time.sleep(0.1)
@@ -189,7 +187,7 @@ class TestFailures:
         outputs = llama.generate_batch(
             prompts,
             generation_config=greedy(40),
-            continuous_batching_config=batching(),
+            continuous_batching_config=tight(),
             async_batching=AsyncBatchingConfig(overlap=overlap),
         )
         assert list(outputs) == [f"req_{i}" for i in range(30)]

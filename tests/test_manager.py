@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import engine_threads, greedy, new_model, random_prompts, reference, shared_model
+from conftest import batching, engine_threads, greedy, new_model, random_prompts, reference, shared_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -225,8 +225,7 @@ class TestStreaming:
         assert outputs[-1].is_finished()
 
     def test_goes_on_after_a_preemption(self, llama) -> None:
-        small = ContinuousBatchingConfig(num_blocks=36)
-        setattr(small, "page_size" if hasattr(small, "page_size") else "block_size", 4)
+        small = batching(num_blocks=36, page_size=4)
         prompts = random_prompts(6, longest=20, shortest=20)
         manager = llama.init_continuous_batching(
             greedy(60), continuous_batching_config=small, async_batching=AsyncBatchingConfig(debug=True)
