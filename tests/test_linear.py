@@ -6,7 +6,16 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, greedy, new_model, random_prompts, reference, run_in_interpreter, shared_model
+from conftest import (
+    FAMILIES,
+    generate_alone,
+    greedy,
+    new_model,
+    random_prompts,
+    reference,
+    run_in_interpreter,
+    shared_model,
+)
 from torch import nn
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -136,6 +145,19 @@ class TestGenerating:
         model.save_pretrained(tmp_path)
         saved = type(model).from_pretrained(tmp_path)
         assert [reference(saved, prompt, greedy(8)) for prompt in PROMPTS] == expected
+        model.destroy_cached_continuous_batching_manager()
+
+    @pytest.mark.parametrize("layer", ["self_attn.v_proj", "mlp.down_proj"])
+    def test_runs_hooks_that_come_while_a_manager_is_kept(self, layer: str) -> None:
+        model = new_model("llama")
+        before = generated(model, persistent_manager=True)
+        hooked = model.get_submodule(f"model.layers.0.{layer}")
+        handle = hooked.register_forward_hook(lambda module, given, output: output * 1.5)
+        after = generated(model, persistent_manager=True)
+        assert after == [generate_alone(model, prompt, greedy(8)) for prompt in PROMPTS]
+        assert after != before
+        handle.remove()
+        assert generated(model, persistent_manager=True) == before
         model.destroy_cached_continuous_batching_manager()
 
 

@@ -217,9 +217,14 @@ class ModelLoan:
         self._compiled.clear()
         return was_compiled
 
-    def storages(self) -> list[int]:
-        """Where the weights lie."""
-        return [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+    def baked_in(self) -> list:
+        """What a captured step cannot see change: where the weights lie, and the functions hooked to the modules."""
+        storages = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        hooks = [
+            (type(m), vars(m).get("forward"), *m._forward_hooks.values(), *m._forward_pre_hooks.values())
+            for m in self.model.modules()
+        ]
+        return storages + hooks
 
     def form(self) -> list[tuple]:
         """What an engine is built for: modules, and the shape, type and place of each weight."""

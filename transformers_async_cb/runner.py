@@ -143,19 +143,20 @@ class Runner:
                 storage[Pages.PADDING] = 0
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        self._storages: list[int] = []
+        self._baked_in: list = []
 
     def attach(self) -> None:
-        """Give the model's layers their pages. Weights that have moved since the last time void what was captured."""
+        """Give the model's layers their pages. Weights that have moved since the last time, or hooks that have come or
+        gone, void what was captured."""
         self.loan.attach(self.layers)
         if self.fused:
             self.loan.fuse_products()
         if self.compiled:
             self.loan.compile_layers()
-        storages = self.loan.storages()
-        if storages != self._storages:
+        baked_in = self.loan.baked_in()
+        if baked_in != self._baked_in:
             self._graphs.clear()
-            self._storages = storages
+            self._baked_in = baked_in
 
     # ------------------------------------------------------------------------------------------------ host
 

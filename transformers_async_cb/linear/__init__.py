@@ -110,11 +110,12 @@ class Products:
         if not self._shared or not all(shared.intact() for shared in self._shared):
             self._shared = [Shared(group) for group in groups]
         stand_ins: dict[nn.Module, nn.Module] = {
-            group[0]: Product(group[0]) for group in self.groups if len(group) == 1
+            group[0]: Product(group[0]) for group in self.groups if len(group) == 1 and _plain(group[0])
         }
         for shared in self._shared:
-            for index, member in enumerate(shared.members):
-                stand_ins[member] = SharedProduct(member, shared, index)
+            if all(_plain(member) for member in shared.members):  # it may have got hooks since
+                for index, member in enumerate(shared.members):
+                    stand_ins[member] = SharedProduct(member, shared, index)
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 if child in stand_ins:
