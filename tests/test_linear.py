@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import weakref
 
 import pytest
@@ -146,6 +148,39 @@ class TestGenerating:
         saved = type(model).from_pretrained(tmp_path)
         assert [reference(saved, prompt, greedy(8)) for prompt in PROMPTS] == expected
         model.destroy_cached_continuous_batching_manager()
+
+    def test_is_not_disturbed_by_a_thread_that_calls_the_model(self) -> None:
+        model, refused, stop = new_model("llama"), [], threading.Event()
+        ids = torch.tensor([[1, 2, 3, 4]])
+
+        def intrude() -> None:
+            while not stop.is_set():
+                try:
+                    model(ids)
+                except RuntimeError as error:
+                    refused.append(str(error))
+
+        thread = threading.Thread(target=intrude)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            thread.start()
+            answers = [generated(model) for _ in range(3)]
+        finally:
+            stop.set()
+            thread.join()
+            sys.setswitchinterval(interval)
+        assert answers == [[reference(shared_model("llama"), prompt, greedy(8)) for prompt in PROMPTS]] * 3
+        assert any("generating with async_batching" in message for message in refused)
+
+    def test_leaves_a_weight_that_moved_away_and_separates_the_rest(self) -> None:
+        model = new_model("llama")
+        generated(model, persistent_manager=True)
+        attention = model.model.layers[0].self_attn
+        attention.q_proj.weight.data = attention.q_proj.weight.data.clone()
+        model.destroy_cached_continuous_batching_manager()
+        for parameter in model.parameters():
+            assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
 
     @pytest.mark.parametrize("layer", ["self_attn.v_proj", "mlp.down_proj"])
     def test_runs_hooks_that_come_while_a_manager_is_kept(self, layer: str) -> None:

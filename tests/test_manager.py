@@ -1011,6 +1011,36 @@ class TestKeptEngines:
             manager.add_requests(random_prompts(3, longest=9))
         assert kept([PROMPT]) == [generates(PROMPT, greedy(6))]
 
+    def test_serve_one_call_at_a_time_and_refuse_the_others(self, kept) -> None:
+        kept([PROMPT])
+        calls = [in_thread(lambda: kept(random_prompts(8, longest=30), 20)) for _ in range(4)]
+        answers = []
+        for call in calls:
+            try:
+                answers.append(call())
+            except RuntimeError as error:
+                assert "generating already" in str(error)
+        assert answers
+        assert answers == [[generates(p, greedy(20)) for p in random_prompts(8, longest=30)]] * len(answers)
+
+    def test_keep_results_apart_from_requests_that_were_added_before(self, kept) -> None:
+        kept([PROMPT])
+        manager = getattr(kept.model, CACHED)
+        mine = manager.add_request([7, 8, 9], max_new_tokens=3)
+        assert kept([PROMPT]) == [generates(PROMPT, greedy(6))]
+        assert manager.get_result(mine, PATIENCE).generated_tokens == generates([7, 8, 9], greedy(3))
+
+    def test_stay_when_no_new_one_could_do_better(self, llama) -> None:
+        engines = set()
+        for _ in range(3):
+            llama.generate_batch(
+                [[1] * 20], generation_config=greedy(9), async_batching=True, persistent_manager=True,
+                continuous_batching_config=batching(num_blocks=1, page_size=8),
+            )  # fmt: skip
+            engines.add(getattr(llama, CACHED)._engine)
+        assert len(engines) == 1
+        llama.destroy_cached_continuous_batching_manager()
+
     def test_stay_with_their_model_when_it_is_copied(self, kept) -> None:
         kept([PROMPT])
         twin = copy.deepcopy(kept.model)
@@ -1023,6 +1053,11 @@ class TestSurroundings:
         with torch.inference_mode():
             outputs = llama.generate_batch([PROMPT], generation_config=greedy(6), async_batching=True)
         assert outputs["req_0"].generated_tokens == generates(PROMPT, greedy(6))
+
+    def test_the_global_seed_is_left_alone_by_greedy_decoding(self, llama) -> None:
+        before = torch.get_rng_state()
+        llama.generate_batch([PROMPT], generation_config=greedy(6), async_batching=True)
+        assert torch.equal(torch.get_rng_state(), before)
 
     def test_another_default_device(self, llama) -> None:
         torch.set_default_device("meta")

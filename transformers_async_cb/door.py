@@ -21,10 +21,11 @@ class Door:
 
     Args:
         loan (`ModelLoan`): the model.
-        seed (`int`): from which each request's own is derived, with its id.
+        seed (`int`, *optional*): from which each request's own is derived, with its id. Otherwise it is drawn when a
+            request first needs one, so that it follows `torch.manual_seed` and greedy decoding leaves that alone.
     """
 
-    def __init__(self, loan: ModelLoan, seed: int) -> None:
+    def __init__(self, loan: ModelLoan, seed: int | None) -> None:
         self.generation: GenerationSettings | None = None
         self._vocabulary = loan.vocabulary
         self._learned_positions = loan.learned_positions()
@@ -101,6 +102,8 @@ class Door:
     def _sampling(self, request_id: str) -> Sampling:
         if not self.generation.temperature:
             return Sampling()
+        if self._seed is None:
+            self._seed = int(torch.randint(2**62, (), device="cpu"))
         digest = hashlib.blake2b(f"{self._seed}:{request_id}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little")
         return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)

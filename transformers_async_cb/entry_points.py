@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm import tqdm
@@ -106,29 +106,41 @@ def generate_batch(
     AsyncBatchingConfig.from_flag(async_batching)
     if len(inputs) == 0:
         return {}
-    manager = init_continuous_batching(
-        model, generation_config, continuous_batching_config, None, async_batching=async_batching, overrides=overrides
-    )
-    # Everything is checked before anything runs, and the cache is sized for what was checked.
-    request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)
-    manager.size_for_pending()
+    cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
+    with nullcontext() if cached is None else cached.claimed():
+        manager = init_continuous_batching(
+            model, generation_config, continuous_batching_config, None, async_batching=async_batching,
+            overrides=overrides,
+        )  # fmt: skip
+        # Everything is checked before anything runs, and the cache is sized for what was checked.
+        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)
+        manager.size_for_pending()
+        try:
+            manager.start()
+        except BaseException:
+            manager.destroy()
+            raise
     finished: dict[str, GenerationOutput] = {}
+    wanted, others = set(request_ids), []
     progress = tqdm(
         total=len(request_ids), disable=not progress_bar, desc=f"Solving {len(request_ids)} requests", unit="request"
     )
     try:
-        manager.start()
         with progress:
             while len(finished) < len(request_ids):
                 output = manager.get_result()
                 if output is None:
                     break
+                if output.request_id not in wanted:  # was added to a kept manager before this call
+                    others.append(output)
+                    continue
                 finished[output.request_id] = output
                 progress.update()
     except BaseException:
         manager.destroy()
         raise
     manager.stop(keep_for_next_session=persistent_manager)
+    manager.hand_back(others)
     failed = [request_id for request_id in request_ids if finished[request_id].error is not None]
     if failed:
         logger.error(

@@ -61,10 +61,7 @@ class AsyncBatchingManager:
         check_batching(self.continuous_batching_config)
         self.workload = workload or Workload()
         self._loan = ModelLoan(model)
-        seed = self.continuous_batching_config.seed
-        if seed is None:
-            seed = int(torch.randint(2**62, (), device="cpu"))  # follows `torch.manual_seed`, as `generate` does
-        self._door = Door(self._loan, seed)
+        self._door = Door(self._loan, self.continuous_batching_config.seed)
         self.configure(generation_config, overrides)
         self._outbox = Outbox()
         self._mailbox = Mailbox()
@@ -87,6 +84,16 @@ class AsyncBatchingManager:
         self.configure(generation_config, overrides)
         self.workload = workload
         self._outbox.clear()
+
+    @contextmanager
+    def claimed(self) -> Generator[None]:
+        """Within, no other thread starts, stops or takes up this manager."""
+        with self._control:
+            yield
+
+    def hand_back(self, outputs: list[GenerationOutput]) -> None:
+        """Offer results again that were meant for somebody else."""
+        self._outbox.put(outputs)
 
     def __reduce__(self) -> tuple:
         """A kept manager hangs on its model; a copy of the model has none."""

@@ -186,9 +186,9 @@ class EngineSettings(NamedTuple):
 
     def fit(self, workload: Workload) -> bool:
         """Whether an engine of these settings serves `workload` as well as a new one would."""
-        longest = self.columns * self.page_size
+        longest = min(workload.longest, self.page_limit * self.page_size)
         rows, pages = workload.sizes(self.row_limit, self.page_limit, self.page_size)
-        return workload.longest <= longest and rows <= self.rows and pages <= self.pages
+        return longest <= self.columns * self.page_size and rows <= self.rows and pages <= self.pages
 
 
 def check_batching(config: ContinuousBatchingConfig) -> None:

@@ -53,6 +53,12 @@ class PagedLayer(NamedTuple):
     value_pages: torch.Tensor  # [pages, page_size, kv_heads, value_dim]
 
 
+# What a thread of the user's is told that calls the model meanwhile.
+ON_LOAN = (
+    "this model is generating with async_batching and cannot be called from elsewhere meanwhile: "
+    "stop the manager first"
+)
+
 # Where the module that attends finds its `PagedLayer`.
 ATTRIBUTE = "_async_batching_layer"
 
@@ -103,13 +109,23 @@ def attention_forward(
     Returns:
         `[1, T, heads, value_dim]`, and no weights.
     """
+    layer = getattr(module, ATTRIBUTE, None)
+    if layer is None:
+        raise RuntimeError(ON_LOAN)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     out = paged_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), *getattr(module, ATTRIBUTE),
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), *layer,
         scaling, sliding_window or 0,
     )  # fmt: skip
     return out[None], None
+
+
+def current_step() -> tuple[Step, ModuleType]:
+    """The step that the calling thread computes, and the backend. Raises `RuntimeError` if it computes none."""
+    if _computing.step is None:
+        raise RuntimeError(ON_LOAN)
+    return _computing.step, _computing.backend
 
 
 @torch.library.custom_op("transformers_async_cb::paged_attention", mutates_args=("key_pages", "value_pages"))
@@ -141,12 +157,7 @@ def paged_attention(
     Raises:
         RuntimeError: the calling thread computes no step.
     """
-    step, backend = _computing.step, _computing.backend
-    if step is None:
-        raise RuntimeError(
-            "this model is generating with async_batching and cannot be called from elsewhere meanwhile: stop the "
-            "manager first"
-        )
+    step, backend = current_step()
     backend.write_pages(key, value, key_pages, value_pages, step)
     return backend.attend(query, key_pages, value_pages, step, scaling, sliding_window)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from . import LayerShape
+from . import ON_LOAN, LayerShape
 
 
 NAME = "async_batching_probe"
@@ -109,6 +109,12 @@ def probing() -> Generator[Probe]:
         _probing.probe = None
 
 
+def _current() -> Probe:
+    if _probing.probe is None:
+        raise RuntimeError(ON_LOAN)
+    return _probing.probe
+
+
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -119,14 +125,14 @@ def _attention(
     sliding_window: int | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    return _probing.probe.attend(module, query, key, value, attention_mask, sliding_window, others), None
+    return _current().attend(module, query, key, value, attention_mask, sliding_window, others), None
 
 
 def _mask(
     *_: object, mask_function: Callable, device: torch.device | None = None, config: PreTrainedConfig | None = None,
     **__: object,
 ) -> torch.Tensor:  # fmt: skip
-    return _probing.probe.mask(mask_function, device or torch.device("cpu"), config)
+    return _current().mask(mask_function, device or torch.device("cpu"), config)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..attention import current_step
+
 
 class Shared:
     """Several products of one input, computed as one when the first of them is asked for.
@@ -46,20 +48,23 @@ class Shared:
         return True
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        if self.input is not x:
-            self.input = x
+        if self.input is not x:  # the product first: a thread that has no business here changes nothing
             self.parts = product(x, self.weight, self.bias, self.counters).split(self.sizes, dim=-1)
+            self.input = x
         part = self.parts[index]
         if index == len(self.sizes) - 1:
             self.input, self.parts = None, ()
         return part
 
     def separate(self) -> None:
-        """Give each member storage of its own again."""
-        for member in self.members:
-            member.weight.data = member.weight.data.clone()
-            if member.bias is not None:
-                member.bias.data = member.bias.data.clone()
+        """Give each member that has not left already storage of its own again."""
+        for joined, parameters in (
+            (self.weight, [member.weight for member in self.members]),
+            (self.bias, [member.bias for member in self.members]),
+        ):
+            for parameter in parameters:
+                if joined is not None and _storage(parameter) == _storage(joined):
+                    parameter.data = parameter.data.clone()
 
 
 class Product(nn.Module):
@@ -108,7 +113,9 @@ class Products:
         """Put the stand-ins in place. Weights are joined the first time, and again if they have moved."""
         groups = [group for group in self.groups if len(group) > 1]
         if not self._shared or not all(shared.intact() for shared in self._shared):
-            self._shared = [Shared(group) for group in groups]
+            self.separate()
+            for group in groups:
+                self._shared.append(Shared(group))
         stand_ins: dict[nn.Module, nn.Module] = {
             group[0]: Product(group[0]) for group in self.groups if len(group) == 1 and _plain(group[0])
         }
@@ -131,9 +138,7 @@ class Products:
     def separate(self) -> None:
         """Give the weights storage of their own again, one group after another: never all of them twice in memory."""
         while self._shared:
-            shared = self._shared.pop()
-            if shared.intact():
-                shared.separate()
+            self._shared.pop().separate()
 
 
 @contextmanager
@@ -180,6 +185,10 @@ def noting_inputs(model: nn.Module) -> Generator[list[list[nn.Linear]]]:
         previous = (parent, x)
 
 
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def _plain(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
@@ -215,7 +224,11 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, co
         weight (`torch.Tensor`): `[out_features, in_features]`.
         bias (`torch.Tensor`, *optional*): `[out_features]`.
         counters (`torch.Tensor`): int32 zeros, one for 16 out_features; no two calls may use them at once.
+
+    Raises:
+        RuntimeError: the calling thread computes no step.
     """
+    current_step()
     if x.device.type == "cuda":
         from . import triton
 
