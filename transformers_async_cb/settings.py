@@ -42,16 +42,16 @@ _NEUTRAL: dict[str, tuple] = {
 _UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
     "q_padding_interval_size": ((0,), "the engine chooses its padding itself"),
     "kv_padding_interval_size": ((0,), "the engine does not pad keys and values"),
-    "varlen_compile_config": ((None,), "AsyncBatchingConfig(compile_layers=...) says whether layers are compiled"),
-    "decode_compile_config": ((None,), "AsyncBatchingConfig(compile_layers=...) says whether layers are compiled"),
-    "default_compile_level": ((0,), "AsyncBatchingConfig(compile_layers=...) says whether layers are compiled"),
+    "varlen_compile_config": ((None,), "AsyncBatchingConfig(compile_layers=...) decides that"),
+    "decode_compile_config": ((None,), "AsyncBatchingConfig(compile_layers=...) decides that"),
+    "default_compile_level": ((0,), "AsyncBatchingConfig(compile_layers=...) decides that"),
     "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
     "cpu_offload_space": ((0, None), "a preempted request is computed again"),
     "max_queue_size": ((0,), "the queue is not bounded yet"),
     "per_request_processors": ((False,), "the sampling settings of one call hold for all its requests"),
     "use_default_compile_configs": (
         (None, False),
-        "AsyncBatchingConfig(compile_layers=...) says whether layers are compiled",
+        "AsyncBatchingConfig(compile_layers=...) decides that",
     ),
 }
 
