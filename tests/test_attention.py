@@ -49,6 +49,7 @@ def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32
         rows=torch.cat([rows, torch.full((padding,), pad_row)]).int(),
         query_starts=torch.cat([starts, torch.full((padding,), tokens)]).int(),
         lengths=torch.tensor([c + n for c, n in sequences] + [0] * padding, **ints),
+        counters=torch.zeros((len(sequences) + padding) * kv_heads, **ints),
         decode_only=all(n == 1 for _, n in sequences),
     )
     query = torch.randn(tokens + padding, heads, key_dim, generator=g)
@@ -82,13 +83,18 @@ def check(backend, sequences, shape, window, padding, device="cpu", dtype=torch.
     (query, key, value, keys, values), step, own = make_case(
         sequences, shape, padding, seed=1, device=device, dtype=dtype
     )
-    backend.write_pages(key, value, keys, values, step)
     scaling = shape[2] ** -0.5
-    out = backend.attend(query, keys, values, step, scaling, window)
+    out = backend.attend(query, key, value, keys, values, step, scaling, window)
     tokens = sum(n for _, n in sequences)
     want = expected(query.cpu(), [(k.to(dtype), v.to(dtype)) for k, v in own], sequences, scaling, window)
     error = (out[:tokens].cpu().double() - want).norm() / want.norm()
     assert error < tolerance
+    assert not step.counters.any()
+    for b, (context, count) in enumerate(sequences):
+        at = torch.arange(context + count, device=device)
+        pages = step.page_table[step.rows[b], at // PAGE_SIZE]
+        for written, wanted in zip((keys, values), own[b], strict=True):
+            assert torch.equal(written[pages, at % PAGE_SIZE].cpu(), wanted.to(dtype))
 
 
 @pytest.mark.parametrize("sequences", [DECODE, MIXED], ids=["decode", "mixed"])

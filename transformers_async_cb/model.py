@@ -16,6 +16,10 @@ from .attention.probe import probing
 from .linear import Products, noting_inputs
 
 
+# Parts beside the layers that are one kernel as they are, or nothing.
+_NOT_WORTH_COMPILING = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.ModuleList)
+
+
 class ModelLoan:
     """Borrows a model and gives it back.
 
@@ -197,17 +201,25 @@ class ModelLoan:
             self._products.separate()
 
     def compile_layers(self) -> None:
-        """Have the repeated layers compiled when they are next called: each entry of a module list that attends.
+        """Have the repeated layers compiled when they are next called: each entry of a module list that attends, and
+        what small parts (rotary embedding, last norm) stand beside the list.
 
         One compilation serves all that are alike. Token counts are dynamic, so a step of one token would need another.
         """
         attending = set(self._layers)
         for parent in self.model.modules():
-            if isinstance(parent, nn.ModuleList):
-                for layer in parent:
-                    if layer not in self._compiled and attending & set(layer.modules()):
-                        self._compiled[layer] = layer._compiled_call_impl
-                        layer.compile(dynamic=True, fullgraph=True)
+            lists = [child for child in parent.children() if isinstance(child, nn.ModuleList)]
+            layers = [layer for entries in lists for layer in entries if attending & set(layer.modules())]
+            for layer in layers:
+                self._compile(layer, fullgraph=True)
+            for child in parent.children() if layers else ():
+                if not isinstance(child, _NOT_WORTH_COMPILING) and next(child.children(), None) is None:
+                    self._compile(child, fullgraph=False)
+
+    def _compile(self, module: nn.Module, fullgraph: bool) -> None:
+        if module not in self._compiled:
+            self._compiled[module] = module._compiled_call_impl
+            module.compile(dynamic=True, fullgraph=fullgraph)
 
     def run_as_written(self) -> bool:
         """Undo `compile_layers`; returns whether there was anything to undo."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch._inductor.config
 from transformers.utils import logging
 
 from .attention import LayerShape, PagedLayer, Step, computing
+from .gpu import starts_early
+from .inputs import Bucket, StepArrays, unpack
 from .lanes import Slot
 from .model import ModelLoan
 from .pages import Pages
@@ -25,37 +29,6 @@ logger = logging.get_logger(__name__)
 # Graphs that torch may keep for one piece of code. All models of a process share the code that calls their layers, so
 # its own limit of 8 would stop the ninth.
 _MOST_GRAPHS = 256
-
-
-class StepArrays(NamedTuple):
-    """The packed int32 inputs of a step, as views of one buffer: numpy on the host, torch on the device."""
-
-    ids: np.ndarray | torch.Tensor  # [T] token id, or -1 - row: the row's last token, which is on the device
-    positions: np.ndarray | torch.Tensor  # [T]
-    token_rows: np.ndarray | torch.Tensor  # [T]
-    rows: np.ndarray | torch.Tensor  # [B]
-    query_starts: np.ndarray | torch.Tensor  # [B + 1]
-    lengths: np.ndarray | torch.Tensor  # [B]
-    stores: np.ndarray | torch.Tensor  # [B] row whose last token the sample becomes, or the padding row
-    cells: np.ndarray | torch.Tensor  # [P] entries of the flat page table to write
-    pages: np.ndarray | torch.Tensor  # [P]
-    fresh: np.ndarray | torch.Tensor  # [F] rows whose parameters to write
-    parameters: np.ndarray | torch.Tensor  # [F * PARAMETER_WORDS]
-
-
-class Bucket(NamedTuple):
-    """The size of a step: `tokens` and `rows` after padding. Decoding steps have as many of one as of the other."""
-
-    tokens: int
-    rows: int
-    decode_only: bool
-
-    def sizes(self, page_size: int) -> tuple[int, ...]:
-        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages."""
-        cells = self.rows if self.decode_only else self.rows + self.tokens // page_size
-        fresh = 0 if self.decode_only else self.rows
-        t, r = self.tokens, self.rows
-        return (t, t, t, r, r + 1, r, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
 
 
 class StepKey(NamedTuple):
@@ -124,6 +97,7 @@ class Runner:
         self.page_table = torch.full((rows.count + 1, columns), Pages.PADDING, **on_device)
         self.last_tokens = torch.zeros(rows.count + 1, **on_device)
         self.parameters = torch.zeros(rows.count + 1, PARAMETER_WORDS, **on_device)
+        self.counters = torch.zeros(rows.count * max(shape.kv_heads for shape in shapes.values()), **on_device)
 
         self.layers = {
             module: PagedLayer(
@@ -177,7 +151,7 @@ class Runner:
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included."""
-        a = self._arrays(key.bucket, buffer)
+        a = StepArrays.of(buffer, key.bucket.sizes(self.page_size))
         r, decodes, sequences, padding = self.rows, plan.decodes, len(plan.rows), self.padding_row
         a.ids[:decodes] = -1 - plan.rows[:decodes]
         a.positions[:decodes] = plan.starts[:decodes]
@@ -215,13 +189,6 @@ class Runner:
             line.view(np.float32)[:2] = sampling.temperature, sampling.top_p
             line[2:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
 
-    def _arrays(self, bucket: Bucket, buffer: np.ndarray | torch.Tensor) -> StepArrays:
-        arrays, at = [], 0
-        for size in bucket.sizes(self.page_size):
-            arrays.append(buffer[at : at + size])
-            at += size
-        return StepArrays(*arrays)
-
     # ------------------------------------------------------------------------------------------------ device
 
     def take(self, key: StepKey, slot: Slot) -> None:
@@ -250,7 +217,7 @@ class Runner:
     def _compute_uncaptured(self, key: StepKey) -> None:
         """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS) if self.compiled else nullcontext():
+            with _compiling(self.device) if self.compiled else nullcontext():
                 self._compute(key)
         except torch.OutOfMemoryError:
             raise
@@ -286,16 +253,14 @@ class Runner:
         return graph
 
     def _compute(self, key: StepKey) -> None:
-        a = self._arrays(key.bucket, self.static_in)
-        self.page_table.view(-1)[a.cells] = a.pages
-        self.parameters[a.fresh] = a.parameters.view(-1, PARAMETER_WORDS)
-        carried = self.last_tokens[(-1 - a.ids).clamp_min(0)]
-        ids = torch.where(a.ids < 0, carried, a.ids)
+        a = StepArrays.of(self.static_in, key.bucket.sizes(self.page_size))
+        ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens)
         step = Step(
-            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, key.bucket.decode_only
-        )
+            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, self.counters,
+            key.bucket.decode_only,
+        )  # fmt: skip
         with computing(step, self.backend):
-            logits = self.loan.forward(ids.long()[None], a.positions.long()[None], a.query_starts[1:].long() - 1)
+            logits = self.loan.forward(ids[None], positions[None], last)
         parameters = Parameters.from_table(self.parameters[a.rows])
         ids, logprobs = pick(logits, parameters, a.lengths, key.flavour)
         self.last_tokens[a.stores] = ids
@@ -309,6 +274,16 @@ class Runner:
         for layer in self.layers.values():
             layer.key_pages[index] = torch.nan
             layer.value_pages[index] = torch.nan
+
+
+@contextmanager
+def _compiling(device: torch.device) -> Generator[None]:
+    """Settings for what is compiled within, on this thread."""
+    with ExitStack() as settings:
+        settings.enter_context(torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS))
+        if starts_early(device):
+            settings.enter_context(torch._inductor.config.patch({"triton.enable_pdl": True}))
+        yield
 
 
 def _first_line(error: Exception) -> str:

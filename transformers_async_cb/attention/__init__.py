@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from ..gpu import triton_error
 from . import reference
 
 
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     rows: torch.Tensor  # [B] row of each sequence
     query_starts: torch.Tensor  # [B + 1] first token of each sequence
     lengths: torch.Tensor  # [B] tokens in the cache after this step
+    counters: torch.Tensor  # [B * kv_heads or more] zeros that kernels count in, and leave zero
     decode_only: bool  # one token a sequence
 
 
@@ -158,8 +160,7 @@ def paged_attention(
         RuntimeError: the calling thread computes no step.
     """
     step, backend = current_step()
-    backend.write_pages(key, value, key_pages, value_pages, step)
-    return backend.attend(query, key_pages, value_pages, step, scaling, sliding_window)
+    return backend.attend(query, key, value, key_pages, value_pages, step, scaling, sliding_window)
 
 
 @paged_attention.register_fake
@@ -170,21 +171,13 @@ def _(query, key, value, *_):
 def choose_backend(wanted: str, device: torch.device) -> str:
     """The backend for `device`. Raises `ValueError` if the one that is wanted cannot run there."""
     if wanted == "auto":
-        return "triton" if device.type == "cuda" and _triton_error() is None else "reference"
+        return "triton" if device.type == "cuda" and triton_error() is None else "reference"
     if wanted == "triton":
         if device.type != "cuda":
             raise ValueError(f"attention_backend='triton' needs a CUDA device, the model is on {device}")
-        if (error := _triton_error()) is not None:
+        if (error := triton_error()) is not None:
             raise ValueError(f"attention_backend='triton' needs the triton package: {error}")
     return wanted
-
-
-def _triton_error() -> ImportError | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return error
-    return None
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -24,6 +24,8 @@ def write_pages(
 
 def attend(
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     step: Step,
@@ -31,6 +33,7 @@ def attend(
     sliding_window: int,
 ) -> torch.Tensor:
     """Sequences with as many new tokens are computed together: their pages gathered, padded to the longest."""
+    write_pages(key, value, key_pages, value_pages, step)
     starts, lengths = step.query_starts.tolist(), step.lengths.tolist()
     out = query.new_zeros(query.shape[0], query.shape[1], value_pages.shape[3])
     by_count: dict[int, list[int]] = {}

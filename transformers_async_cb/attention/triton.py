@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from ..gpu import early, multiprocessors
 
 
 if TYPE_CHECKING:
@@ -30,21 +31,10 @@ _NARROW = _Tile(32, 1, 3)
 _WIDE = _Tile(32, 4, 2)  # heads of more than 128, or float32
 
 
-def write_pages(
-    key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, step: Step
-) -> None:
-    tokens, kv_heads, key_dim = key.shape
-    value_dim = value.shape[2]
-    _write_pages_kernel[(tokens,)](
-        key, value, key_pages, value_pages, step.page_table, step.token_rows, step.positions,
-        step.page_table.stride(0), *key.stride(), *value.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3],
-        PAGE_SIZE=key_pages.shape[1], KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
-        KEY_BLOCK=triton.next_power_of_2(kv_heads * key_dim), VALUE_BLOCK=triton.next_power_of_2(kv_heads * value_dim),
-    )  # fmt: skip
-
-
 def attend(
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     step: Step,
@@ -52,11 +42,14 @@ def attend(
     sliding_window: int,
 ) -> torch.Tensor:
     """Sequences with one new token go through the decode kernel, the others through the prefill kernel; both run in a
-    mixed step, and each leaves the other's sequences alone."""
+    mixed step, and each leaves the other's sequences alone. A step that only decodes is one kernel: it also writes the
+    new keys and values."""
     tokens, heads, key_dim = query.shape
     _, page_size, kv_heads, value_dim = value_pages.shape
     sequences = step.rows.shape[0]
     group = heads // kv_heads
+    if not step.decode_only:
+        _write_pages(key, value, key_pages, value_pages, step)
     out = query.new_empty(tokens, heads, value_dim)
     wide = query.element_size() == 4 or key_dim > 128
     shared = {
@@ -69,7 +62,6 @@ def attend(
         "WINDOW": sliding_window,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
-    inputs = (query, key_pages, value_pages)
     layout = (
         step.page_table, step.rows, step.query_starts, step.lengths, scaling * _LOG2_E, step.page_table.stride(0),
         *query.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3], *out.stride()[:2],
@@ -81,34 +73,37 @@ def attend(
     partial = query.new_empty((sequences, heads, splits, value_dim) if splits > 1 else 0, dtype=torch.float32)
     weights = query.new_empty((sequences, heads, splits) if splits > 1 else 0, dtype=torch.float32)
     _decode_kernel[(sequences, kv_heads, splits)](
-        *inputs, out, partial, weights, *layout, **shared,
-        ROWS=max(16, padded_group), KEYS=tile.keys, SPLITS=splits,
-        num_warps=max(tile.warps, min(4, padded_group // 16)), num_stages=tile.stages,
+        query, key, value, key_pages, value_pages, out, partial, weights, step.counters, *layout,
+        *key.stride(), *value.stride(), **shared,
+        ROWS=max(16, padded_group), KEYS=tile.keys, SPLITS=splits, WRITES=step.decode_only,
+        num_warps=max(tile.warps, min(4, padded_group // 16)), num_stages=tile.stages, **early(query.device),
     )  # fmt: skip
-    if splits > 1:
-        _combine_kernel[(sequences, heads)](
-            out, partial, weights, step.query_starts, *out.stride()[:2],
-            HEADS=heads, VALUE_DIM=value_dim, VALUE_BLOCK=shared["VALUE_BLOCK"], SPLITS=splits,
-            num_warps=1,
-        )  # fmt: skip
     if not step.decode_only:
         queries = max(1, (64 if wide else 128) // padded_group)
         _prefill_kernel[(tokens // queries + sequences, kv_heads)](
-            *inputs, out, sequences, *layout, **shared,
+            query, key_pages, value_pages, out, sequences, *layout, **shared,
             QUERIES=queries, PADDED_GROUP=padded_group, KEYS=32 if wide else 64,
             num_warps=4 if wide else 8, num_stages=2,
         )  # fmt: skip
     return out
 
 
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _write_pages(
+    key: torch.Tensor, value: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, step: Step
+) -> None:
+    tokens, kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    _write_pages_kernel[(tokens,)](
+        key, value, key_pages, value_pages, step.page_table, step.token_rows, step.positions,
+        step.page_table.stride(0), *key.stride(), *value.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3],
+        PAGE_SIZE=key_pages.shape[1], KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
+        KEY_BLOCK=triton.next_power_of_2(kv_heads * key_dim), VALUE_BLOCK=triton.next_power_of_2(kv_heads * value_dim),
+    )  # fmt: skip
 
 
 def _splits(programs: int, device: torch.device) -> int:
     """Parts to cut each sequence's keys into, so that eight programs a multiprocessor have work."""
-    wanted = 8 * _processors(device) // max(1, programs)
+    wanted = 8 * multiprocessors(device) // max(1, programs)
     return min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
 
 
@@ -173,20 +168,29 @@ def _attend_block(
 
 @triton.jit
 def _decode_kernel(
-    query, key_pages, value_pages, out, partial, weights, page_table, rows, query_starts, lengths,
-    scaling, table_stride, q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
-    out_token, out_head,
+    query, key, value, key_pages, value_pages, out, partial, weights, counters,
+    page_table, rows, query_starts, lengths, scaling, table_stride,
+    q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head, out_token, out_head,
+    key_token, key_head, key_dim, value_token, value_head, value_dim,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence, the query heads of one key head, one part of the keys: split-KV, as in Flash-Decoding
-    (https://pytorch.org/blog/flash-decoding/)."""
+    (https://pytorch.org/blog/flash-decoding/). The program with the last of the keys writes the new one to its page
+    first; the program that is done last adds the parts up."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # What the step's inputs say was there long before the query is.
     token = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - token != 1:
-        return
+    decodes = tl.load(query_starts + sequence + 1) - token == 1
     length = tl.load(lengths + sequence)
+    table = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if not decodes:
+        return
+    token = token.to(tl.int64)
     begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
     share = tl.cdiv(tl.cdiv(length - begin, KEYS), SPLITS) * KEYS
     first = begin + split * share
@@ -195,53 +199,59 @@ def _decode_kernel(
     r = tl.arange(0, ROWS)
     heads = kv_head * GROUP + r
     real = r < GROUP
-    key_dims = tl.arange(0, KEY_BLOCK)
+    key_dims, value_dims = tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
+    if WRITES:
+        at = length - 1
+        if (at >= first) & (at < last):
+            page = tl.load(table + at // PAGE_SIZE).to(tl.int64)
+            offset = at % PAGE_SIZE
+            inside = key_dims < KEY_DIM
+            x = tl.load(key + token * key_token + kv_head * key_head + key_dims * key_dim, mask=inside)
+            tl.store(key_pages + page * kp_page + offset * kp_token + kv_head * kp_head + key_dims, x, mask=inside)
+            inside = value_dims < VALUE_DIM
+            x = tl.load(value + token * value_token + kv_head * value_head + value_dims * value_dim, mask=inside)
+            tl.store(value_pages + page * vp_page + offset * vp_token + kv_head * vp_head + value_dims, x, mask=inside)
+        tl.debug_barrier()  # and only then is it read
     q = tl.load(
-        query + token.to(tl.int64) * q_token + heads[:, None] * q_head + key_dims[None, :] * q_dim,
+        query + token * q_token + heads[:, None] * q_head + key_dims[None, :] * q_dim,
         mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0.0,
     )  # fmt: skip
     positions = tl.zeros([ROWS], tl.int32) + (length - 1)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    table = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
     for at in range(first, last, KEYS):
         maximum, total, acc = _attend_block(
             q, scaling, maximum, total, acc, at, last, positions, table,
             key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, kp_page, kp_token, vp_page, vp_token,
             PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION,
         )  # fmt: skip
-    value_dims = tl.arange(0, VALUE_BLOCK)
     keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
-    if SPLITS == 1:
-        acc = acc / total[:, None]
-        where = out + token.to(tl.int64) * out_token + heads[:, None] * out_head + value_dims[None, :]
-        tl.store(where, acc.to(out.dtype.element_ty), mask=keep)
-    else:
-        part = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * SPLITS + split
+    if SPLITS > 1:
+        parts = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * SPLITS
+        at = (parts * VALUE_DIM)[:, None] + value_dims[None, :]
         acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(partial + part[:, None] * VALUE_DIM + value_dims[None, :], acc, mask=keep)
-        tl.store(weights + part, tl.where(total == 0, float("-inf"), maximum + tl.log2(total)), mask=real)
-
-
-@triton.jit
-def _combine_kernel(
-    out, partial, weights, query_starts, out_token, out_head,
-    HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Add up the parts of one head of one decoding sequence, each by its share of the softmax."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    token = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - token != 1:
-        return
-    parts = (sequence.to(tl.int64) * HEADS + head) * SPLITS + tl.arange(0, SPLITS)
-    dims = tl.arange(0, VALUE_BLOCK)
-    weight = tl.load(weights + parts)
-    weight = tl.exp2(weight - tl.max(weight, 0))
-    x = tl.load(partial + parts[:, None] * VALUE_DIM + dims[None, :], mask=(dims < VALUE_DIM)[None, :], other=0.0)
-    x = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
-    where = out + token.to(tl.int64) * out_token + head * out_head + dims
-    tl.store(where, x.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
+        tl.store(partial + split * VALUE_DIM + at, acc, mask=keep)
+        tl.store(weights + split + parts, tl.where(total == 0, float("-inf"), maximum + tl.log2(total)), mask=real)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        counter = counters + sequence * tl.num_programs(1) + kv_head
+        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
+            return
+        tl.store(counter, 0)
+        maximum = tl.full([ROWS], float("-inf"), tl.float32)
+        for part in tl.static_range(SPLITS):
+            weight = tl.load(weights + part + parts, mask=real, other=0.0, volatile=True)
+            maximum = tl.maximum(maximum, weight)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+        for part in tl.static_range(SPLITS):
+            weight = tl.load(weights + part + parts, mask=real, other=0.0, volatile=True)
+            weight = tl.exp2(weight - maximum)
+            total += weight
+            acc += weight[:, None] * tl.load(partial + part * VALUE_DIM + at, mask=keep, other=0.0, volatile=True)
+    acc = acc / total[:, None]
+    where = out + token * out_token + heads[:, None] * out_head + value_dims[None, :]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit

@@ -8,9 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpu import early, multiprocessors
+
 
 MOST_ROWS = 64
 _COLUMNS, _DEPTH = 64, 128  # of the weight's tile
+_AHEAD = 4  # tiles of each program that are on their way to the L2 cache before the input is there
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -23,6 +26,8 @@ def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and columns % _COLUMNS == 0
         and depth % _DEPTH == 0
         and weight.stride(1) == 1
+        and weight.stride(0) % 8 == 0
+        and weight.data_ptr() % 16 == 0
         and x.is_contiguous()
     )
 
@@ -37,7 +42,8 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
     _few_rows_kernel[(columns // _COLUMNS, splits)](
         x, weight, bias, out, partial, counters, rows, columns, depth, weight.stride(0),
         ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=_COLUMNS, DEPTH=_DEPTH, SPLITS=splits,
-        num_warps=4, num_stages=4,
+        AHEAD=min(_AHEAD, depth // _DEPTH // splits),
+        num_warps=4, num_stages=4, **early(x.device),
     )  # fmt: skip
     return out
 
@@ -45,7 +51,7 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
 @functools.lru_cache
 def _splits(tiles: int, turns: int, device: torch.device) -> int:
     """Parts to cut the depth into, so that nearly every multiprocessor has a tile: a power of two that divides it."""
-    wanted = torch.cuda.get_device_properties(device).multi_processor_count - 4 if device.type == "cuda" else 4
+    wanted = multiprocessors(device) - 4
     splits = 1
     while tiles * splits < wanted and splits < 8 and turns % (2 * splits) == 0:
         splits *= 2
@@ -53,9 +59,19 @@ def _splits(tiles: int, turns: int, device: torch.device) -> int:
 
 
 @triton.jit
+def _prefetch(pointers, sizes):
+    """Fetch so many bytes from each pointer into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r", [pointers, sizes], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _few_rows_kernel(
     x, weight, bias, out, partial, counters, rows, columns, depth, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
+    AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns, one part of the depth. The last part to arrive adds them all up, in their order, so that
     the sum does not depend on who was last."""
@@ -68,6 +84,13 @@ def _few_rows_kernel(
     weights = weight + n.to(tl.int64)[:, None] * weight_stride + (first + k)[None, :]
     inputs = x + m[None, :] * depth + (first + k)[:, None]
     there = (m < rows)[None, :]
+    if EARLY:  # weights are no kernel's output: fetch some while the input is still computed
+        i = tl.arange(0, 2 * COLUMNS)
+        half = AHEAD * DEPTH // 2
+        ahead = weight + (tile * COLUMNS + i // 2).to(tl.int64) * weight_stride + first + (i % 2) * half
+        _prefetch(ahead, tl.full([2 * COLUMNS], half * 2, tl.int32))
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
     for _ in range(turns):
         acc = tl.dot(tl.load(weights), tl.load(inputs, mask=there, other=0.0), acc)

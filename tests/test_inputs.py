@@ -1,0 +1,75 @@
+"""What the device makes of a step's packed inputs."""
+
+import numpy as np
+import torch
+from conftest import run_in_interpreter
+
+from transformers_async_cb.inputs import Bucket, StepArrays, unpack
+from transformers_async_cb.sampling import PARAMETER_WORDS
+
+
+PAGE_SIZE, ROWS, COLUMNS = 4, 6, 5
+
+BUCKETS = [Bucket(3, 3, True), Bucket(40, 4, False), Bucket(300, 6, False), Bucket(6, 6, True)]
+
+
+def make_case(bucket: Bucket, seed: int, device="cpu") -> tuple[StepArrays, list[torch.Tensor]]:
+    """Inputs that write each cell and row at most once, and the tables they write to."""
+    draw = np.random.default_rng(seed)
+    sizes = bucket.sizes(PAGE_SIZE)
+    a = StepArrays.of(np.zeros(sum(sizes), np.int32), sizes)
+    a.ids[:] = draw.integers(-1 - ROWS, 90, bucket.tokens)
+    a.positions[:] = draw.integers(0, 1000, bucket.tokens)
+    a.query_starts[:] = np.sort(draw.integers(0, bucket.tokens, bucket.rows + 1))
+    padding = ROWS * COLUMNS
+    a.cells[:] = padding
+    used = min(len(a.cells), padding)
+    a.cells[:used] = draw.permutation(padding)[:used]
+    a.pages[:used] = draw.integers(1, 90, used)
+    a.fresh[:] = ROWS
+    used = len(a.fresh) // 2
+    a.fresh[:used] = draw.permutation(ROWS)[:used]
+    a.parameters[: used * PARAMETER_WORDS] = draw.integers(-90, 90, used * PARAMETER_WORDS)
+    buffer = torch.from_numpy(np.concatenate(a)).to(device)
+    tables = [
+        torch.from_numpy(draw.integers(0, 90, (ROWS + 1, columns)).astype(np.int32)).to(device)
+        for columns in (COLUMNS, PARAMETER_WORDS)
+    ]
+    for table in tables:
+        table[ROWS] = 0
+    last_tokens = torch.from_numpy(draw.integers(0, 90, ROWS + 1).astype(np.int32)).to(device)
+    return StepArrays.of(buffer, sizes), [*tables, last_tokens]
+
+
+def test_tokens_are_given_or_carried_and_the_tables_of_rows_are_brought_up_to_date():
+    bucket = Bucket(12, 3, False)
+    a, (page_table, parameters, last_tokens) = make_case(bucket, seed=0)
+    pages_before, parameters_before = page_table.clone(), parameters.clone()
+    ids, positions, last = unpack(a, page_table, parameters, last_tokens)
+    assert ids.dtype == positions.dtype == last.dtype == torch.int64
+    given = a.ids.tolist()
+    assert min(given) < 0 < max(given)
+    assert ids.tolist() == [token if token >= 0 else last_tokens[-1 - token].item() for token in given]
+    assert positions.tolist() == a.positions.tolist()
+    assert last.tolist() == [start - 1 for start in a.query_starts.tolist()[1:]]
+    for cell, page in zip(a.cells.tolist(), a.pages.tolist(), strict=True):
+        pages_before.view(-1)[cell] = page
+    assert torch.equal(page_table, pages_before)
+    for row, values in zip(a.fresh.tolist(), a.parameters.view(-1, PARAMETER_WORDS), strict=True):
+        parameters_before[row] = values
+    assert torch.equal(parameters, parameters_before)
+
+
+def test_the_triton_kernel_makes_the_same_of_them():
+    assert run_in_interpreter(__file__).split()[-1] == f"checked:{len(BUCKETS)}"
+
+
+if __name__ == "__main__":
+    from transformers_async_cb.inputs import triton
+
+    for bucket in BUCKETS:
+        (a, tables), (_, expected_tables) = (make_case(bucket, seed=1) for _ in range(2))
+        made = triton.unpack(a, *tables)
+        expected = unpack(a, *expected_tables)
+        assert all(map(torch.equal, [*made, *tables], [*expected, *expected_tables]))
+    print(f"checked:{len(BUCKETS)}")

@@ -1,0 +1,39 @@
+"""What kernels ask of the device they run on."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def triton_error() -> ImportError | None:
+    """Why triton cannot be imported, `None` if it can."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return error
+    return None
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; a small number where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.lru_cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be on its way while the one before it ends: programmatic dependent launch
+    (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization).
+
+    Such a kernel waits (`gdc_wait`) for all before it to be done, then lets the next one start
+    (`gdc_launch_dependents`). In this order, always: so whatever is older than the kernel just before it is done when
+    it starts, and may be read ahead of the wait.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Launch arguments of a kernel that takes `EARLY`."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}

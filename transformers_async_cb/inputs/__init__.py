@@ -1,0 +1,77 @@
+"""The packed inputs of a step: their layout, and what the device makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..gpu import triton_error
+from ..sampling import PARAMETER_WORDS
+
+
+class StepArrays(NamedTuple):
+    """The packed int32 inputs of a step, as views of one buffer: numpy on the host, torch on the device."""
+
+    ids: np.ndarray | torch.Tensor  # [T] token id, or -1 - row: the row's last token, which is on the device
+    positions: np.ndarray | torch.Tensor  # [T]
+    token_rows: np.ndarray | torch.Tensor  # [T]
+    rows: np.ndarray | torch.Tensor  # [B]
+    query_starts: np.ndarray | torch.Tensor  # [B + 1]
+    lengths: np.ndarray | torch.Tensor  # [B]
+    stores: np.ndarray | torch.Tensor  # [B] row whose last token the sample becomes, or the padding row
+    cells: np.ndarray | torch.Tensor  # [P] entries of the flat page table to write
+    pages: np.ndarray | torch.Tensor  # [P]
+    fresh: np.ndarray | torch.Tensor  # [F] rows whose parameters to write
+    parameters: np.ndarray | torch.Tensor  # [F * PARAMETER_WORDS]
+
+    @classmethod
+    def of(cls, buffer: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> StepArrays:
+        """Views of the first words of `buffer`; `sizes` are those of a `Bucket`."""
+        arrays, at = [], 0
+        for size in sizes:
+            arrays.append(buffer[at : at + size])
+            at += size
+        return cls(*arrays)
+
+
+class Bucket(NamedTuple):
+    """The size of a step: `tokens` and `rows` after padding. Decoding steps have as many of one as of the other."""
+
+    tokens: int
+    rows: int
+    decode_only: bool
+
+    def sizes(self, page_size: int) -> tuple[int, ...]:
+        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages."""
+        cells = self.rows if self.decode_only else self.rows + self.tokens // page_size
+        fresh = 0 if self.decode_only else self.rows
+        t, r = self.tokens, self.rows
+        return (t, t, t, r, r + 1, r, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
+
+
+def unpack(
+    a: StepArrays, page_table: torch.Tensor, parameters: torch.Tensor, last_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring the tables of rows up to date, and make the inputs of a model.
+
+    Args:
+        a (`StepArrays`): on the device.
+        page_table (`torch.Tensor`): int32 `[rows + 1, columns]`; written.
+        parameters (`torch.Tensor`): int32 `[rows + 1, PARAMETER_WORDS]`; written.
+        last_tokens (`torch.Tensor`): int32 `[rows + 1]`.
+
+    Returns:
+        Token ids and positions, int64 `[T]`, and the last token of each sequence, int64 `[B]`.
+    """
+    if page_table.device.type == "cuda" and triton_error() is None:
+        from . import triton
+
+        return triton.unpack(a, page_table, parameters, last_tokens)
+    page_table.view(-1)[a.cells] = a.pages
+    parameters[a.fresh] = a.parameters.view(-1, PARAMETER_WORDS)
+    carried = last_tokens[(-1 - a.ids).clamp_min(0)]
+    ids = torch.where(a.ids < 0, carried, a.ids)
+    return ids.long(), a.positions.long(), a.query_starts[1:].long() - 1

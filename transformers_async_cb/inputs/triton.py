@@ -1,0 +1,55 @@
+"""Unpacking of a step's inputs in Triton: one kernel in place of a dozen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+
+if TYPE_CHECKING:
+    from . import StepArrays
+
+_BLOCK = 128
+
+
+def unpack(
+    a: StepArrays, page_table: torch.Tensor, parameters: torch.Tensor, last_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, sequences, cells, words = len(a.ids), len(a.rows), len(a.cells), len(a.parameters)
+    ids, positions = last_tokens.new_empty((2, tokens), dtype=torch.int64)
+    last = last_tokens.new_empty(sequences, dtype=torch.int64)
+    _unpack_kernel[(triton.cdiv(max(tokens, sequences, cells, words), _BLOCK),)](
+        a.ids, a.positions, a.query_starts, a.cells, a.pages, a.fresh, a.parameters,
+        page_table, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,
+        WORDS=parameters.shape[1], BLOCK=_BLOCK,
+    )  # fmt: skip
+    return ids, positions, last
+
+
+# Buckets begin where the one before ended, at any alignment, and their sizes are many: one kernel serves them all.
+@triton.jit(
+    do_not_specialize=["tokens", "sequences", "cells", "words"],
+    do_not_specialize_on_alignment=["given", "given_positions", "query_starts", "at", "pages", "fresh", "values"],
+)
+def _unpack_kernel(
+    given, given_positions, query_starts, at, pages, fresh, values,
+    page_table, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < tokens
+    token = tl.load(given + i, mask=inside, other=0)
+    carried = tl.load(last_tokens + (-1 - token), mask=inside & (token < 0), other=0)
+    tl.store(ids + i, tl.where(token < 0, carried, token).to(tl.int64), mask=inside)
+    tl.store(positions + i, tl.load(given_positions + i, mask=inside, other=0).to(tl.int64), mask=inside)
+    inside = i < sequences
+    tl.store(last + i, tl.load(query_starts + 1 + i, mask=inside, other=0).to(tl.int64) - 1, mask=inside)
+    inside = i < cells
+    cell = tl.load(at + i, mask=inside, other=0).to(tl.int64)
+    tl.store(page_table + cell, tl.load(pages + i, mask=inside, other=0), mask=inside)
+    inside = i < words
+    row = tl.load(fresh + i // WORDS, mask=inside, other=0)
+    tl.store(parameters + row * WORDS + i % WORDS, tl.load(values + i, mask=inside, other=0), mask=inside)
