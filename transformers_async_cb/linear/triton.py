@@ -85,10 +85,11 @@ def _few_rows_kernel(
     inputs = x + m[None, :] * depth + (first + k)[:, None]
     there = (m < rows)[None, :]
     if EARLY:  # weights are no kernel's output: fetch some while the input is still computed
-        i = tl.arange(0, 2 * COLUMNS)
-        half = AHEAD * DEPTH // 2
-        ahead = weight + (tile * COLUMNS + i // 2).to(tl.int64) * weight_stride + first + (i % 2) * half
-        _prefetch(ahead, tl.full([2 * COLUMNS], half * 2, tl.int32))
+        if AHEAD > 0:
+            i = tl.arange(0, 2 * COLUMNS)
+            half = AHEAD * DEPTH // 2
+            ahead = weight + (tile * COLUMNS + i // 2).to(tl.int64) * weight_stride + first + (i % 2) * half
+            _prefetch(ahead, tl.full([2 * COLUMNS], half * 2, tl.int32))
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
