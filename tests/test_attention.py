@@ -1,5 +1,7 @@
 """Both attention backends against softmax attention over each sequence's own keys, written out."""
 
+from itertools import takewhile
+
 import pytest
 import torch
 from conftest import run_in_interpreter
@@ -9,9 +11,10 @@ from transformers_async_cb.attention import Step, choose_backend, reference
 
 PAGE_SIZE = 16
 
-# (context, new tokens) of each sequence: decoding ones first, as the scheduler packs them.
+# (context, new tokens) of each sequence: decoding ones first, as the scheduler packs them; then chunks of prompts, of
+# which one may have a single token.
 DECODE = [(0, 1), (5, 1), (15, 1), (16, 1), (100, 1), (333, 1)]
-MIXED = [(40, 1), (129, 1), (0, 2), (0, 77), (31, 33), (250, 40)]
+MIXED = [(40, 1), (129, 1), (0, 2), (0, 77), (31, 33), (64, 1), (250, 40)]
 
 SHAPES = [(4, 4, 16, 16), (4, 2, 32, 32), (6, 2, 24, 24), (8, 1, 64, 64), (4, 2, 32, 16)]
 
@@ -49,6 +52,7 @@ def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32
         rows=torch.cat([rows, torch.full((padding,), pad_row)]).int(),
         query_starts=torch.cat([starts, torch.full((padding,), tokens)]).int(),
         lengths=torch.tensor([c + n for c, n in sequences] + [0] * padding, **ints),
+        counts=torch.tensor([len(list(takewhile(lambda s: s[1] == 1, sequences))), len(sequences)], **ints),
         counters=torch.zeros((len(sequences) + padding) * kv_heads, **ints),
         decode_only=all(n == 1 for _, n in sequences),
     )

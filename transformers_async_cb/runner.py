@@ -174,6 +174,7 @@ class Runner:
         a.query_starts[sequences + 1 :] = at
         a.lengths[:sequences] = plan.starts + plan.counts
         a.lengths[sequences:] = 0
+        a.counts[:] = decodes, sequences
         a.stores[:sequences] = np.where(plan.samples, plan.rows, padding)
         a.stores[sequences:] = padding
         a.cells[: len(plan.cells)] = plan.cells
@@ -256,7 +257,7 @@ class Runner:
         a = StepArrays.of(self.static_in, key.bucket.sizes(self.page_size))
         ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens)
         step = Step(
-            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, self.counters,
+            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, self.counters,
             key.bucket.decode_only,
         )  # fmt: skip
         with computing(step, self.backend):

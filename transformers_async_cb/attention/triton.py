@@ -19,7 +19,7 @@ _MAX_SPLITS = 32
 
 
 class _Tile(NamedTuple):
-    """How a decoding program walks over the keys."""
+    """How a program walks over the keys."""
 
     keys: int
     warps: int
@@ -27,8 +27,9 @@ class _Tile(NamedTuple):
 
 
 # Many small programs: on an H200 one warp reads 4.1 TB/s at 512 sequences of 600 tokens, four with 64 keys 3.6.
-_NARROW = _Tile(32, 1, 3)
-_WIDE = _Tile(32, 4, 2)  # heads of more than 128, or float32
+# The wide ones are for heads of more than 128, or float32.
+_DECODE, _DECODE_WIDE = _Tile(32, 1, 3), _Tile(32, 4, 2)
+_PREFILL, _PREFILL_WIDE = _Tile(64, 8, 2), _Tile(32, 4, 2)
 
 
 def attend(
@@ -67,7 +68,7 @@ def attend(
         *query.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3], *out.stride()[:2],
     )  # fmt: skip
 
-    tile = _WIDE if wide else _NARROW
+    tile = _DECODE_WIDE if wide else _DECODE
     padded_group = triton.next_power_of_2(group)
     splits = _splits(sequences * kv_heads, query.device)
     partial = query.new_empty((sequences, heads, splits, value_dim) if splits > 1 else 0, dtype=torch.float32)
@@ -79,11 +80,12 @@ def attend(
         num_warps=max(tile.warps, min(4, padded_group // 16)), num_stages=tile.stages, **early(query.device),
     )  # fmt: skip
     if not step.decode_only:
+        tile = _PREFILL_WIDE if wide else _PREFILL
         queries = max(1, (64 if wide else 128) // padded_group)
-        _prefill_kernel[(tokens // queries + sequences, kv_heads)](
-            query, key_pages, value_pages, out, sequences, *layout, **shared,
-            QUERIES=queries, PADDED_GROUP=padded_group, KEYS=32 if wide else 64,
-            num_warps=4 if wide else 8, num_stages=2,
+        programs = min(tokens // queries + sequences, triton.cdiv(4 * multiprocessors(query.device), kv_heads))
+        _prefill_kernel[(programs, kv_heads)](
+            query, key_pages, value_pages, out, step.counts, *layout, **shared,
+            QUERIES=queries, PADDED_GROUP=padded_group, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
 
@@ -136,11 +138,13 @@ def _attend_block(
     kp_page, kp_token, vp_page, vp_token,
     PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold keys `first` to `first + KEYS`, short of `last`, into the running softmax of each query row
-    (https://arxiv.org/abs/1805.02867). What lies beyond `last` may be NaN and is not loaded."""
+    (https://arxiv.org/abs/1805.02867). What lies beyond `last` may be NaN and is not loaded. Not `MASKED`: all of the
+    keys are there, and every query sees them."""
     at = first + tl.arange(0, KEYS)
-    inside = at < last
+    inside = at < last if MASKED else at >= first
     pages = tl.load(table + at // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
     offsets = at % PAGE_SIZE
     key_dims, value_dims = tl.arange(0, KEY_BLOCK), tl.arange(0, VALUE_BLOCK)
@@ -149,12 +153,13 @@ def _attend_block(
         mask=inside[None, :] & (key_dims < KEY_DIM)[:, None], other=0.0,
     )  # fmt: skip
     scores = tl.dot(q, k, input_precision=PRECISION) * scaling
-    seen = inside[None, :] & (at[None, :] <= query_positions[:, None])
-    if WINDOW > 0:
-        seen = seen & (at[None, :] > query_positions[:, None] - WINDOW)
-    scores = tl.where(seen, scores, float("-inf"))
+    if MASKED:
+        seen = inside[None, :] & (at[None, :] <= query_positions[:, None])
+        if WINDOW > 0:
+            seen = seen & (at[None, :] > query_positions[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
     p = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(maximum - base)
     total = total * shrink + tl.sum(p, 1)
@@ -224,7 +229,7 @@ def _decode_kernel(
         maximum, total, acc = _attend_block(
             q, scaling, maximum, total, acc, at, last, positions, table,
             key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, kp_page, kp_token, vp_page, vp_token,
-            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION,
+            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
         )  # fmt: skip
     keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
     if SPLITS > 1:
@@ -256,33 +261,53 @@ def _decode_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    query, key_pages, value_pages, out, sequences, page_table, rows, query_starts, lengths,
+    query, key_pages, value_pages, out, counts, page_table, rows, query_starts, lengths,
     scaling, table_stride, q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
     out_token, out_head,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, PADDED_GROUP: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """`QUERIES` tokens of one sequence, the query heads of one key head.
+    """Blocks of `QUERIES` tokens of one sequence each, the query heads of one key head; as many programs as run at
+    once, however much or little there is to do.
 
-    Sequence b owns the programs from query_starts[b] // QUERIES + b on: never fewer than it needs, found by bisection.
+    The first sequences decode. Of the others, sequence b owns the blocks from (tokens before it) // QUERIES +
+    (sequences before it) on: never fewer than it needs, found by bisection.
     """
-    program, kv_head = tl.program_id(0), tl.program_id(1)
-    low, high = 0, sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_starts + middle) // QUERIES + middle <= program:
-            low = middle
-        else:
-            high = middle
-    start = tl.load(query_starts + low)
-    count = tl.load(query_starts + low + 1) - start
-    first_query = (program - (start // QUERIES + low)) * QUERIES
-    if (count <= 1) | (first_query >= count):
-        return
-    length = tl.load(lengths + low)
-    context = length - count
+    kv_head = tl.program_id(1)
+    decodes, sequences = tl.load(counts), tl.load(counts + 1)
+    blocks = (tl.load(query_starts + sequences) - decodes) // QUERIES + sequences - decodes
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        low, high = decodes, sequences
+        while high - low > 1:
+            middle = (low + high) // 2
+            if (tl.load(query_starts + middle) - decodes) // QUERIES + middle - decodes <= block:
+                low = middle
+            else:
+                high = middle
+        start = tl.load(query_starts + low)
+        count = tl.load(query_starts + low + 1) - start
+        first_query = (block - ((start - decodes) // QUERIES + low - decodes)) * QUERIES
+        if (count > 1) & (first_query < count):
+            _prefill_block(
+                query, key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, out,
+                page_table + tl.load(rows + low).to(tl.int64) * table_stride,
+                kv_head, start, count, first_query, tl.load(lengths + low),
+                scaling, q_token, q_head, q_dim, kp_page, kp_token, vp_page, vp_token, out_token, out_head,
+                PAGE_SIZE, GROUP, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, WINDOW, PRECISION,
+                QUERIES, PADDED_GROUP, KEYS,
+            )  # fmt: skip
 
+
+@triton.jit
+def _prefill_block(
+    query, key_pages, value_pages, out, table, kv_head, start, count, first_query, length,
+    scaling, q_token, q_head, q_dim, kp_page, kp_token, vp_page, vp_token, out_token, out_head,
+    PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr, PADDED_GROUP: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    context = length - count
     r = tl.arange(0, QUERIES * PADDED_GROUP)
     queries = first_query + r // PADDED_GROUP
     heads = kv_head * GROUP + r % PADDED_GROUP
@@ -297,14 +322,22 @@ def _prefill_kernel(
     maximum = tl.full([QUERIES * PADDED_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES * PADDED_GROUP], tl.float32)
     acc = tl.zeros([QUERIES * PADDED_GROUP, VALUE_BLOCK], tl.float32)
-    table = page_table + tl.load(rows + low).to(tl.int64) * table_stride
-    begin = tl.maximum(0, context + first_query - WINDOW + 1) if WINDOW > 0 else 0
     last = tl.minimum(length, context + first_query + QUERIES)
-    for at in range(begin, last, KEYS):
+    if WINDOW > 0:
+        first = tl.maximum(0, context + first_query - WINDOW + 1)
+    else:  # what even the first of the queries sees needs no mask
+        first = (context + first_query + 1) // KEYS * KEYS
+        for at in range(0, first, KEYS):
+            maximum, total, acc = _attend_block(
+                q, scaling, maximum, total, acc, at, last, positions, table, key_pages, value_pages,
+                kp_page, kp_token, vp_page, vp_token,
+                PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, False,
+            )  # fmt: skip
+    for at in range(first, last, KEYS):
         maximum, total, acc = _attend_block(
-            q, scaling, maximum, total, acc, at, last, positions, table,
-            key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, kp_page, kp_token, vp_page, vp_token,
-            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION,
+            q, scaling, maximum, total, acc, at, last, positions, table, key_pages, value_pages,
+            kp_page, kp_token, vp_page, vp_token,
+            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
         )  # fmt: skip
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     value_dims = tl.arange(0, VALUE_BLOCK)
