@@ -12,7 +12,8 @@ from ..gpu import early, multiprocessors
 
 
 MOST_ROWS = 64
-_COLUMNS, _DEPTH = 64, 128  # of the weight's tile
+_ROWS, _COLUMNS, _DEPTH = 64, 64, 128  # of a tile
+_WARPS, _STAGES = 4, 4
 _AHEAD = 4  # tiles of each program that are on their way to the L2 cache before the input is there
 
 
@@ -39,11 +40,11 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
     out = x.new_empty(*x.shape[:-1], columns)
     splits = _splits(columns // _COLUMNS, depth // _DEPTH, x.device)
     partial = x.new_empty((splits, rows, columns) if splits > 1 else 0, dtype=torch.float32)
-    _few_rows_kernel[(columns // _COLUMNS, splits)](
+    tile_rows = min(_ROWS, max(16, triton.next_power_of_2(rows)))
+    _few_rows_kernel[(columns // _COLUMNS, splits, triton.cdiv(rows, tile_rows))](
         x, weight, bias, out, partial, counters, rows, columns, depth, weight.stride(0),
-        ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=_COLUMNS, DEPTH=_DEPTH, SPLITS=splits,
-        AHEAD=min(_AHEAD, depth // _DEPTH // splits),
-        num_warps=4, num_stages=4, **early(x.device),
+        ROWS=tile_rows, COLUMNS=_COLUMNS, DEPTH=_DEPTH, SPLITS=splits, AHEAD=min(_AHEAD, depth // _DEPTH // splits),
+        num_warps=_WARPS, num_stages=_STAGES, **early(x.device),
     )  # fmt: skip
     return out
 
@@ -77,7 +78,7 @@ def _few_rows_kernel(
     the sum does not depend on who was last."""
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * COLUMNS + tl.arange(0, COLUMNS)
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, DEPTH)
     turns = depth // DEPTH // SPLITS
     first = split * turns * DEPTH
@@ -86,10 +87,11 @@ def _few_rows_kernel(
     there = (m < rows)[None, :]
     if EARLY:  # weights are no kernel's output: fetch some while the input is still computed
         if AHEAD > 0:
-            i = tl.arange(0, 2 * COLUMNS)
-            half = AHEAD * DEPTH // 2
-            ahead = weight + (tile * COLUMNS + i // 2).to(tl.int64) * weight_stride + first + (i % 2) * half
-            _prefetch(ahead, tl.full([2 * COLUMNS], half * 2, tl.int32))
+            i = tl.arange(0, 128)
+            part = AHEAD * DEPTH * COLUMNS // 128
+            parts = 128 // COLUMNS
+            ahead = weight + (tile * COLUMNS + i // parts).to(tl.int64) * weight_stride + first + (i % parts) * part
+            _prefetch(ahead, tl.full([128], part * 2, tl.int32))
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
@@ -102,12 +104,13 @@ def _few_rows_kernel(
         size = rows * columns
         tl.store(partial + split * size + at, acc, mask=there)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") != SPLITS - 1:
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tile
+        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
             return
         acc = tl.zeros([COLUMNS, ROWS], tl.float32)
         for part in tl.static_range(SPLITS):
             acc += tl.load(partial + part * size + at, mask=there, other=0.0, volatile=True)
-        tl.store(counters + tile, 0)
+        tl.store(counter, 0)
     if bias is not None:
         acc += tl.load(bias + n)[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
