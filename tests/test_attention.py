@@ -45,6 +45,7 @@ def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32
     token_rows = torch.cat([torch.full((n,), rows[b].item()) for b, (_, n) in enumerate(sequences)])
     positions = torch.cat([torch.arange(c, c + n) for c, n in sequences])
     starts = torch.tensor([0, *torch.tensor([n for _, n in sequences]).cumsum(0).tolist()])
+    decodes = len(list(takewhile(lambda s: s[1] == 1, sequences)))
     step = Step(
         page_table=page_table,
         token_rows=torch.cat([token_rows, torch.full((padding,), pad_row)]).int(),
@@ -52,7 +53,7 @@ def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32
         rows=torch.cat([rows, torch.full((padding,), pad_row)]).int(),
         query_starts=torch.cat([starts, torch.full((padding,), tokens)]).int(),
         lengths=torch.tensor([c + n for c, n in sequences] + [0] * padding, **ints),
-        counts=torch.tensor([len(list(takewhile(lambda s: s[1] == 1, sequences))), len(sequences)], **ints),
+        counts=torch.tensor([decodes, len(sequences), sum(c + 1 for c, _ in sequences[:decodes])], **ints),
         counters=torch.zeros((len(sequences) + padding) * kv_heads, **ints),
         decode_only=all(n == 1 for _, n in sequences),
     )

@@ -174,7 +174,7 @@ class Runner:
         a.query_starts[sequences + 1 :] = at
         a.lengths[:sequences] = plan.starts + plan.counts
         a.lengths[sequences:] = 0
-        a.counts[:] = decodes, sequences
+        a.counts[:] = decodes, sequences, a.lengths[:decodes].sum()
         a.stores[:sequences] = np.where(plan.samples, plan.rows, padding)
         a.stores[sequences:] = padding
         a.cells[: len(plan.cells)] = plan.cells

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 32
+_PROGRAMS = 8  # for each multiprocessor, to decode with
 
 
 class _Tile(NamedTuple):
@@ -29,7 +30,7 @@ class _Tile(NamedTuple):
 # Many small programs: on an H200 one warp reads 4.1 TB/s at 512 sequences of 600 tokens, four with 64 keys 3.6.
 # The wide ones are for heads of more than 128, or float32.
 _DECODE, _DECODE_WIDE = _Tile(32, 1, 3), _Tile(32, 4, 2)
-_PREFILL, _PREFILL_WIDE = _Tile(64, 8, 2), _Tile(32, 4, 2)
+_PREFILL, _PREFILL_WIDE = _Tile(32, 4, 3), _Tile(32, 4, 2)
 
 
 def attend(
@@ -70,13 +71,14 @@ def attend(
 
     tile = _DECODE_WIDE if wide else _DECODE
     padded_group = triton.next_power_of_2(group)
-    splits = _splits(sequences * kv_heads, query.device)
-    partial = query.new_empty((sequences, heads, splits, value_dim) if splits > 1 else 0, dtype=torch.float32)
-    weights = query.new_empty((sequences, heads, splits) if splits > 1 else 0, dtype=torch.float32)
+    programs = _PROGRAMS * multiprocessors(query.device)
+    splits = min(_MAX_SPLITS, max(4, triton.cdiv(2 * programs, sequences * kv_heads)))
+    partial = query.new_empty(sequences, heads, splits, value_dim, dtype=torch.float32)
+    weights = query.new_empty(sequences, heads, splits, dtype=torch.float32)
     _decode_kernel[(sequences, kv_heads, splits)](
-        query, key, value, key_pages, value_pages, out, partial, weights, step.counters, *layout,
-        *key.stride(), *value.stride(), **shared,
-        ROWS=max(16, padded_group), KEYS=tile.keys, SPLITS=splits, WRITES=step.decode_only,
+        query, key, value, key_pages, value_pages, out, partial, weights, step.counts, step.counters, *layout,
+        *key.stride(), *value.stride(), programs, **shared,
+        ROWS=max(16, padded_group), KEYS=tile.keys, WRITES=step.decode_only,
         num_warps=max(tile.warps, min(4, padded_group // 16)), num_stages=tile.stages, **early(query.device),
     )  # fmt: skip
     if not step.decode_only:
@@ -101,12 +103,6 @@ def _write_pages(
         PAGE_SIZE=key_pages.shape[1], KV_HEADS=kv_heads, KEY_DIM=key_dim, VALUE_DIM=value_dim,
         KEY_BLOCK=triton.next_power_of_2(kv_heads * key_dim), VALUE_BLOCK=triton.next_power_of_2(kv_heads * value_dim),
     )  # fmt: skip
-
-
-def _splits(programs: int, device: torch.device) -> int:
-    """Parts to cut each sequence's keys into, so that eight programs a multiprocessor have work."""
-    wanted = 8 * multiprocessors(device) // max(1, programs)
-    return min(_MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
 
 
 @triton.jit
@@ -171,36 +167,44 @@ def _attend_block(
     return new_maximum, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _decode_kernel(
-    query, key, value, key_pages, value_pages, out, partial, weights, counters,
+    query, key, value, key_pages, value_pages, out, partial, weights, counts, counters,
     page_table, rows, query_starts, lengths, scaling, table_stride,
     q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head, out_token, out_head,
-    key_token, key_head, key_dim, value_token, value_head, value_dim,
+    key_token, key_head, key_dim, value_token, value_head, value_dim, programs,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence, the query heads of one key head, one part of the keys: split-KV, as in Flash-Decoding
-    (https://pytorch.org/blog/flash-decoding/). The program with the last of the keys writes the new one to its page
-    first; the program that is done last adds the parts up."""
+    (https://pytorch.org/blog/flash-decoding/). A sequence has as many parts as it takes to share all keys of the step
+    among `programs`; programs beyond them end at once. The program with the last of the keys writes the new one to its
+    page first; the program of a sequence that is done last adds the parts up."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     # What the step's inputs say was there long before the query is.
     token = tl.load(query_starts + sequence)
-    decodes = tl.load(query_starts + sequence + 1) - token == 1
+    if tl.load(query_starts + sequence + 1) - token != 1:
+        return
     length = tl.load(lengths + sequence)
+    begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
+    blocks = tl.cdiv(length - begin, KEYS)
+    keys = tl.load(counts + 2)
+    if WINDOW > 0:
+        keys = tl.minimum(keys, tl.load(counts) * WINDOW)
+    parts = tl.cdiv(blocks, tl.maximum(1, keys // KEYS * tl.num_programs(1) // programs))
+    share = tl.cdiv(blocks, tl.minimum(parts, tl.num_programs(2)))
+    parts = tl.cdiv(blocks, share)
+    if split >= parts:
+        return
+    first = begin + split * share * KEYS
+    last = tl.minimum(first + share * KEYS, length)
     table = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if not decodes:
-        return
-    token = token.to(tl.int64)
-    begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
-    share = tl.cdiv(tl.cdiv(length - begin, KEYS), SPLITS) * KEYS
-    first = begin + split * share
-    last = tl.minimum(first + share, length)
 
+    token = token.to(tl.int64)
     r = tl.arange(0, ROWS)
     heads = kv_head * GROUP + r
     real = r < GROUP
@@ -232,25 +236,26 @@ def _decode_kernel(
             PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
         )  # fmt: skip
     keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
-    if SPLITS > 1:
-        parts = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * SPLITS
-        at = (parts * VALUE_DIM)[:, None] + value_dims[None, :]
-        acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-        tl.store(partial + split * VALUE_DIM + at, acc, mask=keep)
-        tl.store(weights + split + parts, tl.where(total == 0, float("-inf"), maximum + tl.log2(total)), mask=real)
+    first_part = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * tl.num_programs(2)
+    at = (first_part * VALUE_DIM)[:, None] + value_dims[None, :]
+    arrived = parts - 1
+    if parts > 1:
+        tl.store(partial + split * VALUE_DIM + at, acc / total[:, None], mask=keep)
+        tl.store(weights + split + first_part, maximum + tl.log2(total), mask=real)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        counter = counters + sequence * tl.num_programs(1) + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
-            return
-        tl.store(counter, 0)
+        arrived = tl.atomic_add(counters + sequence * tl.num_programs(1) + kv_head, 1, sem="acq_rel")
+    if arrived != parts - 1:
+        return
+    if parts > 1:
+        tl.store(counters + sequence * tl.num_programs(1) + kv_head, 0)
         maximum = tl.full([ROWS], float("-inf"), tl.float32)
-        for part in tl.static_range(SPLITS):
-            weight = tl.load(weights + part + parts, mask=real, other=0.0, volatile=True)
+        for part in range(parts):
+            weight = tl.load(weights + part + first_part, mask=real, other=0.0, volatile=True)
             maximum = tl.maximum(maximum, weight)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-        for part in tl.static_range(SPLITS):
-            weight = tl.load(weights + part + parts, mask=real, other=0.0, volatile=True)
+        for part in range(parts):
+            weight = tl.load(weights + part + first_part, mask=real, other=0.0, volatile=True)
             weight = tl.exp2(weight - maximum)
             total += weight
             acc += weight[:, None] * tl.load(partial + part * VALUE_DIM + at, mask=keep, other=0.0, volatile=True)

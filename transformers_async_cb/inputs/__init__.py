@@ -21,7 +21,7 @@ class StepArrays(NamedTuple):
     rows: np.ndarray | torch.Tensor  # [B]
     query_starts: np.ndarray | torch.Tensor  # [B + 1]
     lengths: np.ndarray | torch.Tensor  # [B]
-    counts: np.ndarray | torch.Tensor  # [2] decoding sequences, sequences without the padding
+    counts: np.ndarray | torch.Tensor  # [3] decoding sequences, sequences without the padding, lengths of the former
     stores: np.ndarray | torch.Tensor  # [B] row whose last token the sample becomes, or the padding row
     cells: np.ndarray | torch.Tensor  # [P] entries of the flat page table to write
     pages: np.ndarray | torch.Tensor  # [P]
@@ -50,7 +50,7 @@ class Bucket(NamedTuple):
         cells = self.rows if self.decode_only else self.rows + self.tokens // page_size
         fresh = 0 if self.decode_only else self.rows
         t, r = self.tokens, self.rows
-        return (t, t, t, r, r + 1, r, 2, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
+        return (t, t, t, r, r + 1, r, 3, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
 
 
 def unpack(

@@ -14,7 +14,7 @@ from ..gpu import early, multiprocessors
 MOST_ROWS = 64
 _ROWS, _COLUMNS, _DEPTH = 64, 64, 128  # of a tile
 _WARPS, _STAGES = 4, 4
-_AHEAD = 4  # tiles of each program that are on their way to the L2 cache before the input is there
+_AHEAD = 8 * 2**20  # bytes of a weight that are on their way to the L2 cache before the input is there
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -40,11 +40,12 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
     out = x.new_empty(*x.shape[:-1], columns)
     splits = _splits(columns // _COLUMNS, depth // _DEPTH, x.device)
     partial = x.new_empty((splits, rows, columns) if splits > 1 else 0, dtype=torch.float32)
-    tile_rows = min(_ROWS, max(16, triton.next_power_of_2(rows)))
-    _few_rows_kernel[(columns // _COLUMNS, splits, triton.cdiv(rows, tile_rows))](
+    tile_rows = 32 if rows <= 32 else _ROWS
+    grid = (columns // _COLUMNS, splits, triton.cdiv(rows, tile_rows))
+    _few_rows_kernel[grid](
         x, weight, bias, out, partial, counters, rows, columns, depth, weight.stride(0),
-        ROWS=tile_rows, COLUMNS=_COLUMNS, DEPTH=_DEPTH, SPLITS=splits, AHEAD=min(_AHEAD, depth // _DEPTH // splits),
-        num_warps=_WARPS, num_stages=_STAGES, **early(x.device),
+        _ahead(grid[0] * grid[1] * grid[2], depth // splits, x.device),
+        ROWS=tile_rows, COLUMNS=_COLUMNS, DEPTH=_DEPTH, num_warps=_WARPS, num_stages=_STAGES, **early(x.device),
     )  # fmt: skip
     return out
 
@@ -59,6 +60,13 @@ def _splits(tiles: int, turns: int, device: torch.device) -> int:
     return splits
 
 
+@functools.lru_cache
+def _ahead(programs: int, depth: int, device: torch.device) -> int:
+    """How much of its part of each weight row a program fetches ahead, in elements."""
+    side_by_side = min(programs, 2 * multiprocessors(device))
+    return min(depth, _AHEAD // side_by_side // _COLUMNS // 2 // 16 * 16)
+
+
 @triton.jit
 def _prefetch(pointers, sizes):
     """Fetch so many bytes from each pointer into the L2 cache."""
@@ -68,11 +76,11 @@ def _prefetch(pointers, sizes):
     )  # fmt: skip
 
 
-@triton.jit
+# Sizes vary from step to step, and one kernel serves them all.
+@triton.jit(do_not_specialize=["rows", "ahead"])
 def _few_rows_kernel(
-    x, weight, bias, out, partial, counters, rows, columns, depth, weight_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    x, weight, bias, out, partial, counters, rows, columns, depth, weight_stride, ahead,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns, one part of the depth. The last part to arrive adds them all up, in their order, so that
     the sum does not depend on who was last."""
@@ -80,18 +88,17 @@ def _few_rows_kernel(
     n = tile * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, DEPTH)
-    turns = depth // DEPTH // SPLITS
+    splits = tl.num_programs(1)
+    turns = depth // DEPTH // splits
     first = split * turns * DEPTH
     weights = weight + n.to(tl.int64)[:, None] * weight_stride + (first + k)[None, :]
     inputs = x + m[None, :] * depth + (first + k)[:, None]
     there = (m < rows)[None, :]
     if EARLY:  # weights are no kernel's output: fetch some while the input is still computed
-        if AHEAD > 0:
-            i = tl.arange(0, 128)
-            part = AHEAD * DEPTH * COLUMNS // 128
-            parts = 128 // COLUMNS
-            ahead = weight + (tile * COLUMNS + i // parts).to(tl.int64) * weight_stride + first + (i % parts) * part
-            _prefetch(ahead, tl.full([128], part * 2, tl.int32))
+        i = tl.arange(0, 2 * COLUMNS)
+        half = ahead // 2
+        begin = weight + (tile * COLUMNS + i // 2).to(tl.int64) * weight_stride + first + (i % 2) * half
+        _prefetch(begin, tl.zeros([2 * COLUMNS], tl.int32) + half * weight.dtype.element_ty.primitive_bitwidth // 8)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)
@@ -100,17 +107,18 @@ def _few_rows_kernel(
         weights += DEPTH
         inputs += DEPTH
     at = m[None, :] * columns + n[:, None]
-    if SPLITS > 1:
-        size = rows * columns
-        tl.store(partial + split * size + at, acc, mask=there)
+    arrived = splits - 1
+    if splits > 1:
+        tl.store(partial + split * rows * columns + at, acc, mask=there)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        counter = counters + tl.program_id(2) * tl.num_programs(0) + tile
-        if tl.atomic_add(counter, 1, sem="acq_rel") != SPLITS - 1:
-            return
+        arrived = tl.atomic_add(counters + tl.program_id(2) * tl.num_programs(0) + tile, 1, sem="acq_rel")
+    if arrived != splits - 1:
+        return
+    if splits > 1:
+        tl.store(counters + tl.program_id(2) * tl.num_programs(0) + tile, 0)
         acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-        for part in tl.static_range(SPLITS):
-            acc += tl.load(partial + part * size + at, mask=there, other=0.0, volatile=True)
-        tl.store(counter, 0)
+        for part in range(splits):
+            acc += tl.load(partial + part * rows * columns + at, mask=there, other=0.0, volatile=True)
     if bias is not None:
         acc += tl.load(bias + n)[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
