@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import sys
 
 import pytest
 import torch
 from conftest import new_model
+from rich import console
 
 from transformers_async_cb import bench, cli, shapes
+from transformers_async_cb.bench import picture
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +65,64 @@ class TestBench:
             assert len(result["seconds"]) == 2
             assert any(result["engine"] in line.split() for line in out.splitlines())
 
+    def test_takes_lengths_of_its_own_and_draws_a_picture(self, tmp_path, capsys) -> None:
+        file, plot = tmp_path / "results.json", tmp_path / "results.png"
+        cli.main([
+            "bench", "wide", "--device", "cpu", "--engines", "ours", "generate", "--requests", "5", "--prompt-tokens",
+            "2-7", "--new-tokens", "3", "--repeats", "1", "--json", str(file), "--plot", str(plot),
+        ])  # fmt: skip
+        record = json.loads(file.read_text())
+        assert [record[name] for name in ("requests", "prompt_tokens", "new_tokens")] == [5, [2, 7], [3, 3]]
+        assert record["workload"] == "own lengths"
+        ours, padded = record["results"]
+        assert ours["tokens"] == padded["tokens"] == 15
+        assert ours["tokens_per_second"] == pytest.approx(15 / ours["seconds"][0])
+        assert 0 < ours["gpu_active"] <= 1
+        assert ours["steps"] >= 3
+        assert padded["step_ms"] is None
+        assert ours["of_limit"] is record["limit_seconds"] is None  # on a CPU
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert "2 to 7 prompt tokens, 3 new tokens" in " ".join(capsys.readouterr().out.split())
+
+    def test_shows_the_share_of_the_limit(self, tmp_path, capsys) -> None:
+        result = {"engine": "ours", "tokens": 100, "tokens_per_second": 50.0, "of_limit": 0.25}
+        record = {
+            "workload": "small", "lengths": "", "model": "tiny", "dtype": "bfloat16", "environment": "",
+            "limit_seconds": 0.5, "results": [result],
+        }  # fmt: skip
+        console.Console().print(cli._bench_table(record, "cuda"))
+        assert "25%" in capsys.readouterr().out
+        picture.draw(str(tmp_path / "limit.svg"), record)
+        assert (tmp_path / "limit.svg").stat().st_size > 0
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            (["--engines", "ours", "vllm"], "pip install vllm"),
+            (["--plot", "x.png"], r"pip install 'transformers-async-cb\[plot\]'"),
+            (["--new-tokens", "9-2"], "'9-2' goes down"),
+            (["--requests", "0"], "'0' is not a number of 1 or more"),
+        ],
+    )
+    def test_says_at_once_what_cannot_be(self, monkeypatch, capsys, arguments: list[str], reason: str) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit):
+            cli.main(["bench", *arguments])
+        assert re.search(reason, capsys.readouterr().err)
+
+    def test_goes_on_after_an_engine_that_fails(self, monkeypatch, tmp_path, capsys) -> None:
+        file = tmp_path / "results.json"
+        with pytest.raises(SystemExit) as end:  # transformers' overlap needs a GPU
+            cli.main([
+                "bench", "--device", "cpu", "--engines", "transformers-async", "ours", "--requests", "2",
+                "--new-tokens", "2", "--repeats", "0", "--json", str(file),
+            ])  # fmt: skip
+        assert end.value.code == 1
+        failed, ours = json.loads(file.read_text())["results"]
+        assert "cuda" in failed["error"]
+        assert ours["tokens"] == 4
+        assert "transformers-async failed" in capsys.readouterr().out
+
     def test_gives_each_request_its_own_limit(self, monkeypatch) -> None:
         model = shapes.load("tiny", "cpu", torch.float32)
         workload = bench.Workload(6, (3, 9), (2, 8))
@@ -73,10 +135,12 @@ class TestBench:
         monkeypatch.setattr(bench, "HOST_SIZES", (3, 40))
         file = tmp_path / "host.json"
         cli.main(["bench", "host", "--repeats", "1", "--json", str(file)])
-        host_ms = json.loads(file.read_text())["host_ms"]
-        assert list(host_ms) == ["3", "40"]
+        record = json.loads(file.read_text())
         out = capsys.readouterr().out
-        assert all(f"{milliseconds:.3f}" in out for milliseconds in host_ms.values())
+        for column in ("host_ms", "host_ms_busy"):
+            assert list(record[column]) == ["3", "40"]
+            assert all(f"{milliseconds:.3f}" in out for milliseconds in record[column].values())
+        assert f"{record['admission_ms']:.1f} ms" in out
 
     def test_does_not_measure_requests_that_fail(self) -> None:
         model = new_model("gpt2")

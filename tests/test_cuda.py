@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, batching, greedy, new_model, random_prompts, reference, shared_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb import AsyncBatchingConfig, bench
 from transformers_async_cb.engine import Engine
 from transformers_async_cb.lanes import CudaLane, Lanes
+from transformers_async_cb.recorder import Recorder
 
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +107,41 @@ def new_copy(model):
     copy = new_model("llama", "cuda")
     copy.load_state_dict(model.state_dict())
     return copy
+
+
+@pytest.mark.parametrize("most_steps", [2**14, 8])
+def test_a_recording_has_the_steps_of_the_device_on_the_hosts_clock(most_steps):
+    manager = shared_model("llama", "cuda").init_continuous_batching(greedy(24), async_batching=True)
+    manager.add_requests(random_prompts(20, longest=60))
+    manager.warmup()
+    engine = manager._engine
+    engine.recorder = recorder = Recorder(torch.device("cuda"), most_steps)
+    manager.start()
+    manager.stop()
+    steps, kept = recorder.device_spans(), min(engine.steps, most_steps)
+    assert [span.step for span in steps] == list(range(engine.steps - kept, engine.steps))
+    assert all(span.begin < span.end for span in steps)
+    assert all(one.end <= following.begin for one, following in pairwise(steps))
+    launches = {span.step: span.begin for span in recorder.host_spans() if span.phase == "launch"}
+    waits = {span.step: span.end for span in recorder.host_spans() if span.phase == "wait"}
+    slack = 2e-3  # between the two clocks
+    assert all(launches[span.step] - slack < span.begin < span.end < waits[span.step] + slack for span in steps)
+    times = recorder.step_times()
+    assert times.steps == kept
+    assert 0 < times.active <= 1
+
+
+def test_the_limit_of_a_workload_is_below_what_it_takes():
+    model = new_model("llama", "cuda").bfloat16()
+    workload = bench.Workload(16, (8, 40), (24, 24))
+    rates = bench.measure_rates(model.device, model.dtype)
+    assert rates.bytes > 1e10
+    assert rates.flops > 1e12
+    result = bench.measure(model, "ours", workload, repeats=2)
+    assert 0 < bench.limit_seconds(model, workload, rates) < min(result.seconds)
+    assert 0 < result.gpu_active <= 1
+    assert 0 < result.step_ms * result.steps / 1e3 < max(result.seconds) * 2
+    assert result.peak_gib > 0
 
 
 @pytest.fixture

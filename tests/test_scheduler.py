@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from transformers_async_cb.pages import Pages
 from transformers_async_cb.request import Phase, Request, Rows
-from transformers_async_cb.scheduler import Plan, Scheduler
+from transformers_async_cb.scheduler import MOST_FRESH, Plan, Scheduler
 
 
 VOCABULARY = 40
@@ -362,6 +362,14 @@ class TestPlans:
         simulation.run()
         assert simulation.results.keys() == simulation.requests.keys()
         assert [simulation.results[i].error is None for i in ("r0", "r1", "r2", "r3")] == [True, False, False, True]
+
+    def test_admit_a_crowd_over_several_steps(self) -> None:
+        crowd = 2 * MOST_FRESH + 10
+        simulation = Simulation(2, crowd, 4, crowd, 10 * MOST_FRESH, 4)
+        simulation.add(*(new_request(i, 1, 3) for i in range(crowd)))
+        simulation.run()
+        assert [len(plan.fresh) for plan in simulation.plans[:4]] == [MOST_FRESH, MOST_FRESH, 10, 0]
+        assert len(simulation.results) == crowd
 
     def test_leave_the_reserve_free_while_anything_runs(self) -> None:
         simulation = Simulation(1, 20, 1, 8, 64, 40, reserve=0.5)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -16,6 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import AsyncBatchingConfig, __version__, bench, shapes
+from .bench import picture
 
 
 _TEXTS = (
@@ -47,8 +51,20 @@ def main(arguments: list[str] | None = None) -> None:
         "workload", nargs="?", choices=[*bench.WORKLOADS, "host"], default="small",
         help="requests to generate for, or host: the host's own work for a step, without a device (default: small)",
     )  # fmt: skip
+    bench_parser.add_argument("--requests", type=_positive, metavar="N", help="in place of the workload's number")
+    for option in ("--prompt-tokens", "--new-tokens"):
+        bench_parser.add_argument(
+            option, type=_range, metavar="A[-B]", help="lengths from A to B in place of the workload's"
+        )
     bench_parser.add_argument(
-        "--engines", nargs="+", choices=bench.ENGINES, default=["ours", "ours-no-overlap", "transformers"]
+        "--engines",
+        nargs="+",
+        type=_engine,
+        choices=bench.ENGINES,
+        default=["ours", "ours-no-overlap", "transformers"],
+    )
+    bench_parser.add_argument(
+        "--batch-size", type=_positive, default=64, metavar="N", help="of generate: prompts at a time (default: 64)"
     )
     bench_parser.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: 3)")
     bench_parser.add_argument(
@@ -56,6 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="an engine whose first run takes longer than so many seconds is not run again (default: 60)",
     )  # fmt: skip
     bench_parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    bench_parser.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="and a picture of them there (png, svg, pdf)"
+    )
 
     for command in (demo_parser, bench_parser):
         command.add_argument("--model", default="tiny", help=f"{', '.join(shapes.SHAPES)}, a folder or a hub name")
@@ -71,11 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
 def demo(options: argparse.Namespace) -> None:
     """Generate with overlap on and off, and count the requests that match `model.generate` token for token."""
     console = Console()
-    if options.model == "tiny" and options.device == "cpu":
-        torch.set_num_threads(1)  # a model this small loses by more
-    with console.status(f"loading {options.model}"):
-        model = shapes.load(options.model, options.device, getattr(torch, options.dtype))
-        prompts = _demo_prompts(options, model)
+    model = _load(options, options.dtype, console)
+    prompts = _demo_prompts(options, model)
     config = GenerationConfig(max_new_tokens=options.new_tokens, do_sample=False)
     runs = {"overlap on": AsyncBatchingConfig(), "overlap off": AsyncBatchingConfig(overlap=False)}
 
@@ -120,6 +136,13 @@ def demo(options: argparse.Namespace) -> None:
         sys.exit("some requests do not match model.generate")
 
 
+def _load(options: argparse.Namespace, dtype: str, console: Console) -> PreTrainedModel:
+    if options.model == "tiny" and options.device == "cpu":
+        torch.set_num_threads(1)  # a model this small loses by more
+    with console.status(f"loading {options.model}"):
+        return shapes.load(options.model, options.device, getattr(torch, dtype))
+
+
 def _demo_prompts(options: argparse.Namespace, model: PreTrainedModel) -> list[list[int]]:
     """Prompts of mixed lengths: text where there is a tokenizer, random ids for a shape with random weights."""
     if options.model not in shapes.SHAPES:
@@ -130,52 +153,140 @@ def _demo_prompts(options: argparse.Namespace, model: PreTrainedModel) -> list[l
     return [[draw.randrange(vocabulary) for _ in range(draw.randint(4, 120))] for _ in range(options.requests)]
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    shortest, longest = _positive(first), _positive(last or first)
+    if shortest > longest:
+        raise argparse.ArgumentTypeError(f"{text!r} goes down: the smaller length comes first")
+    return shortest, longest
+
+
+def _engine(text: str) -> str:
+    if (reason := bench.missing(text)) is not None:
+        raise argparse.ArgumentTypeError(reason)
+    return text
+
+
+def _picture(text: str) -> str:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("a picture needs matplotlib: pip install 'transformers-async-cb[plot]'")
+    return text
+
+
+# Columns of the table: heading, and what stands there for a result. What is not known stays empty.
+_COLUMNS: dict[str, Callable[[dict], str]] = {
+    "engine": lambda result: result["engine"],
+    "tokens/s": lambda result: f"{result['tokens_per_second']:,.0f}",
+    "seconds": lambda result: f"{result['tokens'] / result['tokens_per_second']:.2f}",
+    "ms a\nstep": lambda result: f"{result['step_ms']:.2f}",
+    "host ms\na step": lambda result: f"{result['host_ms']:.3f}",
+    "GPU\nactive": lambda result: f"{result['gpu_active']:.1%}",
+    "warm-up\ns": lambda result: f"{result['warmup_seconds']:.1f}",
+    "peak\nGiB": lambda result: f"{result['peak_gib']:.1f}",
+    "of\nlimit": lambda result: f"{result['of_limit']:.0%}",
+}
+
+
+def _cell(column: str, result: dict) -> str:
+    try:
+        return _COLUMNS[column](result)
+    except (KeyError, TypeError):  # not there, or None
+        return ""
+
+
 def run_bench(options: argparse.Namespace) -> None:
-    """Measure the engines one after another; the table and the file grow with each."""
+    """Measure the engines one after another; the table and the files grow with each. One that fails does not stop the
+    others."""
     console = Console()
     if options.workload == "host":
         return _bench_host(options, console)
-    dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    with console.status(f"loading {options.model}"):
-        model = shapes.load(options.model, options.device, getattr(torch, dtype))
-    workload, where = bench.WORKLOADS[options.workload], bench.environment(options.device)
-    record = {"workload": options.workload, "model": options.model, "dtype": dtype, "environment": where}
-    results: list[dict] = []
-    table = Table(
-        title=f"{options.workload} ({workload.requests} requests) with {options.model} in {dtype}",
-        caption=f"median of the runs after the first, or the first itself if it is the only one; {where}",
-    )
-    table.add_column("engine")
-    for heading in ("tokens/s", "seconds", "runs", "warm-up s", "peak GiB"):
-        table.add_column(heading, justify="right")
+    dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    model = _load(options, dtype, console)
+    own = {name: getattr(options, name) for name in bench.Workload._fields if getattr(options, name) is not None}
+    workload = bench.WORKLOADS[options.workload]._replace(**own)
+    record = {
+        "workload": "own lengths" if own else options.workload,
+        "lengths": str(workload),
+        **workload._asdict(),
+        "model": options.model,
+        "dtype": dtype,
+        "environment": bench.environment(options.device),
+        "limit_seconds": None,
+        "results": [],
+    }
+    if model.device.type == "cuda":
+        with console.status("measuring the device"):
+            rates = bench.measure_rates(model.device, model.dtype)
+            record |= {"bytes_per_second": rates.bytes, "flops_per_second": rates.flops}
+            record["limit_seconds"] = bench.limit_seconds(model, workload, rates)
     for engine in options.engines:
-        with console.status(f"{engine}: 1 + {options.repeats} runs of {options.workload}"):
-            result = bench.measure(model, engine, workload, options.repeats, options.patience)
-        table.add_row(
-            result.engine,
-            f"{result.tokens_per_second:,.0f}",
-            f"{result.tokens / result.tokens_per_second:.2f}",
-            str(len(result.seconds)),
-            f"{result.warmup_seconds:.1f}",
-            "" if result.peak_gib is None else f"{result.peak_gib:.1f}",
-        )
-        results.append(result._asdict())
+        with console.status(f"{engine}: 1 + {options.repeats} runs of {record['workload']}"):
+            record["results"].append(_bench_engine(engine, model, workload, record["limit_seconds"], options))
         if options.json:  # now, in case the next engine does not come to an end
             with open(options.json, "w") as file:
-                json.dump(record | {"results": results}, file, indent=1)
-    console.print(table)
+                json.dump(record, file, indent=1)
+        if options.plot:
+            picture.draw(options.plot, record)
+    console.print(_bench_table(record, model.device.type))
+    failed = [result for result in record["results"] if "error" in result]
+    for result in failed:
+        console.print(f"{result['engine']} failed: {result['error']}", markup=False)
+    if failed:
+        sys.exit(1)
+
+
+def _bench_engine(
+    engine: str, model: PreTrainedModel, workload: bench.Workload, limit: float | None, options: argparse.Namespace
+) -> dict:
+    try:
+        result = bench.measure(model, engine, workload, options.repeats, options.patience, options.batch_size)
+    except (RuntimeError, ValueError) as error:
+        return {"engine": engine, "error": f"{type(error).__name__}: {error}"}
+    speed = result.tokens_per_second
+    of_limit = None if limit is None else limit * speed / result.tokens
+    return result._asdict() | {"tokens_per_second": speed, "of_limit": of_limit}
+
+
+def _bench_table(record: dict, device: str) -> Table:
+    recompiled = sum(result.get("recompiled", 0) for result in record["results"])
+    table = Table(
+        title=f"{record['workload']} ({record['lengths']}) with {record['model']} in {record['dtype']}",
+        caption="medians of the runs after the first, or the first itself if it is the only one; graphs recompiled "
+        f"after the first: {recompiled}; {record['environment']}",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    for column in _COLUMNS:
+        heading = column if device == "cuda" else column.replace("GPU", "device")
+        table.add_column(heading, justify="left" if column == "engine" else "right", no_wrap=True)
+    for result in record["results"]:
+        table.add_row(*(_cell(column, result) for column in _COLUMNS))
+    return table
 
 
 def _bench_host(options: argparse.Namespace, console: Console) -> None:
-    table = Table(title="host work of a decoding step", caption=bench.environment("cpu"), min_width=60)
-    table.add_column("requests", justify="right")
-    table.add_column("ms a step", justify="right")
-    host_ms = {}
+    table = Table(title="host work of a decoding step", min_width=60)
+    for heading in ("requests", "ms a step", "beside a busy thread"):
+        table.add_column(heading, justify="right")
+    host_ms, busy_ms = {}, {}
     for requests in bench.HOST_SIZES:
         with console.status(f"{requests} requests"):
-            host_ms[str(requests)] = milliseconds = bench.measure_host(requests, repeats=options.repeats)
-        table.add_row(f"{requests:,}", f"{milliseconds:.3f}")
+            name, repeats = str(requests), options.repeats
+            host_ms[name] = bench.measure_host(requests, repeats=repeats)
+            busy_ms[name] = bench.measure_host(requests, steps=50, repeats=repeats, busy=True)
+        table.add_row(f"{requests:,}", f"{host_ms[name]:.3f}", f"{busy_ms[name]:.3f}")
+    with console.status("admission"):
+        admission_ms = bench.measure_admission(repeats=options.repeats)
+    where = bench.environment("cpu")
+    table.caption = f"longest step while 1,024 requests join 32: {admission_ms:.1f} ms; {where}"
     console.print(table)
     if options.json:
+        record = {"host_ms": host_ms, "host_ms_busy": busy_ms, "admission_ms": admission_ms, "environment": where}
         with open(options.json, "w") as file:
-            json.dump({"host_ms": host_ms, "environment": bench.environment("cpu")}, file, indent=1)
+            json.dump(record, file, indent=1)

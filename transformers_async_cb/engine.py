@@ -15,6 +15,7 @@ from .lanes import Lanes, Slot
 from .mailbox import Mailbox
 from .model import ModelLoan
 from .pages import Pages
+from .recorder import Recorder
 from .request import Rows
 from .runner import Runner, StepKey
 from .scheduler import Plan, Scheduler
@@ -30,6 +31,7 @@ class Flight(NamedTuple):
     plan: Plan
     key: StepKey
     slot: Slot
+    step: int
 
 
 class Engine:
@@ -61,6 +63,7 @@ class Engine:
         self.runner = Runner(loan, shapes, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self.steps = 0
+        self.recorder: Recorder | None = None  # set between runs, by whoever wants to know what takes how long
 
     def fits(self, workload: Workload) -> bool:
         """Whether this engine still fits its model, and serves `workload` as well as a new one would."""
@@ -72,15 +75,20 @@ class Engine:
         if self.runner.device.type == "cuda":
             torch.cuda.set_device(self.runner.device)
         flights: deque[Flight] = deque()
+        self._lap("idle")
         while True:
             if mailbox.pausing:
                 while flights:
                     self._retire(flights.popleft())
                 deliver(self.scheduler.take_outputs())
                 mailbox.park()
-            self._read(mailbox, wait=self.scheduler.idle and not flights)
+                self._lap("idle")
+            idle = self.scheduler.idle and not flights
+            self._read(mailbox, wait=idle)
+            self._lap("idle" if idle else "read")
 
             plan = self.scheduler.plan()
+            self._lap("plan")
             if plan is not None:
                 flights.append(self._launch(plan))
             if flights and (plan is None or len(flights) == self.depth):
@@ -90,6 +98,7 @@ class Engine:
 
             if outputs := self.scheduler.take_outputs():
                 deliver(outputs)
+            self._lap("deliver")
             if not flights and self.scheduler.idle:
                 self.scheduler.check_books()
                 if mailbox.done:
@@ -112,19 +121,27 @@ class Engine:
         key = self.runner.key_for(plan)
         slot = self.lanes.stage()
         self.runner.stage(plan, key, slot.array_in)
+        self._lap("stage")
         rows = key.bucket.rows
+        take, step = lambda: self.runner.take(key, slot), lambda: self.runner.step(key, slot)
+        if self.recorder is not None:
+            take, step = self.recorder.around(self.steps, take, step)
         self.lanes.launch(
-            slot,
-            self.runner.words(key.bucket),
-            rows * 2 if self.settings.logprobs else rows,
-            take=lambda: self.runner.take(key, slot),
-            step=lambda: self.runner.step(key, slot),
+            slot, self.runner.words(key.bucket), rows * 2 if self.settings.logprobs else rows, take=take, step=step
         )
+        self._lap("launch")
         self.steps += 1
-        return Flight(plan, key, slot)
+        return Flight(plan, key, slot, self.steps - 1)
 
     def _retire(self, flight: Flight) -> None:
         out = self.lanes.collect(flight.slot)
+        self._lap("wait", flight.step)
         sequences, rows = len(flight.plan.rows), flight.key.bucket.rows
         logprobs = out[rows : rows + sequences].view(np.float32) if self.settings.logprobs else None
         self.scheduler.retire(flight.plan, out[:sequences], logprobs)
+        self._lap("retire", flight.step)
+
+    def _lap(self, phase: str, step: int | None = None) -> None:
+        """Note that a phase of the loop has ended, of the next step to launch where not stated."""
+        if self.recorder is not None:
+            self.recorder.lap(phase, self.steps if step is None else step)

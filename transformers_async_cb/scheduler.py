@@ -15,6 +15,10 @@ from .pages import Pages
 from .request import Phase, Request, Rows
 
 
+# Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
+MOST_FRESH = 256
+
+
 class Plan(NamedTuple):
     """One step: `S` sequences, decoding ones first. A sequence is one row's next tokens."""
 
@@ -191,7 +195,7 @@ class Scheduler:
         fresh: list[int] = []
         while budget > 0:
             if len(chunks) == len(self.prefilling):
-                row = self._admit()
+                row = self._admit() if len(fresh) < MOST_FRESH else None
                 if row is None:
                     break
                 fresh.append(row)
@@ -223,9 +227,7 @@ class Scheduler:
                     f"tokens, the cache has {room} for one request",
                 )
                 continue
-            # Each row that may outgrow its pages will want another; its last token needs no place.
-            growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
-            if needed + max(growing, self.reserve if growing else 0) > self.pages.free:
+            if not self._leaves_room(self.pages.free - needed):
                 return None
             row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
             r.pages[row, :needed] = self.pages.take(needed)
@@ -235,6 +237,15 @@ class Scheduler:
             self.prefilling.append(row)
             return row
         return None
+
+    def _leaves_room(self, free: int) -> bool:
+        """Whether `free` pages are enough beside the running rows: each that may outgrow its pages will want another
+        (its last token needs no place)."""
+        r = self.rows
+        if free >= max(r.count - r.free, self.reserve):  # even if all of them do
+            return True
+        growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
+        return free >= max(growing, self.reserve if growing else 0)
 
     def _new_cells(
         self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int
