@@ -1,15 +1,17 @@
-"""Which token is picked, and from what: against transformers' own warpers."""
+"""Which token is picked: the reference against transformers' own warpers, the Triton kernels against the reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import run_in_interpreter
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from transformers_async_cb.sampling import PARAMETER_WORDS, Flavour, Parameters, pick, reference
 
 
 SAMPLED, FILTERED, LOGPROBS = Flavour(sampled=True), Flavour(True, True), Flavour(True, True, True)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def parameters_of(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=None, seed: int = 0) -> Parameters:
@@ -191,3 +193,58 @@ class TestArithmetic:
         x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 40
         assert (reference.log(x).double() - x.double().log()).abs().max() < 6e-7
         assert reference.log(torch.ones(1)) == 0
+
+
+def check_kernels(device: str, sizes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
+    """Ids of the kernels against the reference's on the CPU where that is quick; returns the number of cases."""
+    from transformers_async_cb.sampling import triton
+
+    generator = torch.Generator().manual_seed(0)
+    cases = 0
+    for rows, vocabulary in sizes:
+        for dtype in dtypes:
+            for flavour in (Flavour(), Flavour(logprobs=True), SAMPLED, FILTERED, LOGPROBS):
+                logits = logits_of(rows, vocabulary, ties=cases % 2 == 1, seed=cases).to(dtype)
+                logits[:, torch.randint(vocabulary, (9,), generator=generator)] = -torch.inf
+                if cases % 3 == 0:  # among others; of a whole row of infinities the first is taken
+                    logits[0] = -torch.inf
+                    logits[rows - 1, vocabulary // 2] = (torch.inf, torch.nan, -torch.nan)[cases % 9 // 3]
+                if cases % 4 == 0:  # likely tokens beside each other, and many that may be drawn
+                    logits[rows // 2, vocabulary // 3 :] = 8
+                parameters = random_parameters(rows, generator)
+                table = torch.stack([c.view(torch.int32) for c in parameters[:PARAMETER_WORDS]], 1).to(device)
+                on_device = Parameters.from_table(table)
+                if parameters.min_p is not None:
+                    spread = torch.zeros(rows, PARAMETER_WORDS, device=device)
+                    spread[:, 0] = parameters.min_p.to(device)
+                    on_device = on_device._replace(min_p=spread[:, 0])
+                ids, logprobs = triton.pick(logits.to(device), on_device, positions_of(rows).to(device), flavour)
+                if rows * vocabulary > 2**20:
+                    there = [x if x is None else x.to(device) for x in (logits, *parameters, positions_of(rows))]
+                    logits, parameters, positions = there[0], Parameters(*there[1:-1]), there[-1]
+                else:
+                    positions, ids = positions_of(rows), ids.cpu()
+                    logprobs = logprobs if logprobs is None else logprobs.cpu()
+                expected, expected_logprobs = reference.pick(logits, parameters, positions, flavour)
+                case = (rows, vocabulary, dtype, flavour, (ids != expected).nonzero()[:, 0].tolist())
+                assert torch.equal(ids, expected), case
+                if flavour.logprobs:
+                    finite = logits.gather(1, ids[:, None].long())[:, 0].isfinite()
+                    torch.testing.assert_close(logprobs[finite], expected_logprobs[finite], rtol=0, atol=1e-5)
+                cases += 1
+    return cases
+
+
+def test_the_kernels_pick_what_the_reference_picks() -> None:
+    assert run_in_interpreter(__file__).split()[-1] == "checked:75"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 32, 300])
+@pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936])
+def test_the_kernels_pick_what_the_reference_picks_on_the_gpu(rows: int, vocabulary: int) -> None:
+    assert check_kernels("cuda", [(rows, vocabulary)]) == 15
+
+
+if __name__ == "__main__":
+    print(f"checked:{check_kernels('cpu', [(1, 1), (5, 37), (6, 1000), (4, 4096), (3, 9001)])}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -44,11 +46,11 @@ class Parameters(NamedTuple):
 def pick(
     logits: torch.Tensor, parameters: Parameters, positions: torch.Tensor, flavour: Flavour
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The next token of each row.
+    """The next token of each row: by Triton kernels on CUDA where triton is installed, by the reference elsewhere.
 
     A row's token depends on its logits, parameters and position alone, not on what else is in the batch: the noise is
     a hash of (seed, position, vocabulary index), added in the manner of Gumbel-max sampling
-    (https://arxiv.org/abs/1611.01144).
+    (https://arxiv.org/abs/1611.01144). Nor does it depend on where it is picked: see `reference`.
 
     Args:
         logits (`torch.Tensor`): `[R, V]`, any float dtype.
@@ -60,4 +62,14 @@ def pick(
         ids int32 `[R]`, and with `flavour.logprobs` the log-probability of each under the distribution it was picked
         from, float32 `[R]`. Where logits are NaN, the id of the first of them.
     """
-    return reference.pick(logits, parameters, positions, flavour)
+    kernels = _kernels() if logits.is_cuda and logits.dtype.itemsize <= 4 else None
+    return (kernels or reference).pick(logits, parameters, positions, flavour)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from . import triton
+    except ImportError:
+        return None
+    return triton
