@@ -17,7 +17,8 @@ def make_case(bucket: Bucket, seed: int, device="cpu") -> tuple[StepArrays, list
     """Inputs that write each cell and row at most once, and the tables they write to."""
     draw = np.random.default_rng(seed)
     sizes = bucket.sizes(PAGE_SIZE)
-    a = StepArrays.of(np.zeros(sum(sizes), np.int32), sizes)
+    packed = np.zeros(bucket.words(PAGE_SIZE), np.int32)
+    a = StepArrays.of(packed, sizes)
     a.ids[:] = draw.integers(-1 - ROWS, 90, bucket.tokens)
     a.positions[:] = draw.integers(0, 1000, bucket.tokens)
     a.query_starts[:] = np.sort(draw.integers(0, bucket.tokens, bucket.rows + 1))
@@ -30,7 +31,7 @@ def make_case(bucket: Bucket, seed: int, device="cpu") -> tuple[StepArrays, list
     used = len(a.fresh) // 2
     a.fresh[:used] = draw.permutation(ROWS)[:used]
     a.parameters[: used * PARAMETER_WORDS] = draw.integers(-90, 90, used * PARAMETER_WORDS)
-    buffer = torch.from_numpy(np.concatenate(a)).to(device)
+    buffer = torch.from_numpy(packed).to(device)
     tables = [
         torch.from_numpy(draw.integers(0, 90, (ROWS + 1, columns)).astype(np.int32)).to(device)
         for columns in (COLUMNS, PARAMETER_WORDS)

@@ -88,7 +88,7 @@ class Runner:
         self.token_buckets = token_buckets(settings.token_budget)
 
         largest = Bucket(settings.token_budget, rows.count, False)
-        self.words_in = sum(largest.sizes(self.page_size))
+        self.words_in = largest.words(self.page_size)
         self.words_out = rows.count * (2 if self.with_logprobs else 1)
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
@@ -147,7 +147,7 @@ class Runner:
         return StepKey(Bucket(tokens, rows, decode_only), flavour)
 
     def words(self, bucket: Bucket) -> int:
-        return sum(bucket.sizes(self.page_size))
+        return bucket.words(self.page_size)
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included."""

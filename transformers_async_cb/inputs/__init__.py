@@ -30,11 +30,12 @@ class StepArrays(NamedTuple):
 
     @classmethod
     def of(cls, buffer: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> StepArrays:
-        """Views of the first words of `buffer`; `sizes` are those of a `Bucket`."""
+        """Views of the first words of `buffer`; `sizes` are those of a `Bucket`. Each begins at a multiple of 16
+        bytes: kernels are compiled anew for pointers that do not."""
         arrays, at = [], 0
         for size in sizes:
             arrays.append(buffer[at : at + size])
-            at += size
+            at += _aligned(size)
         return cls(*arrays)
 
 
@@ -51,6 +52,14 @@ class Bucket(NamedTuple):
         fresh = 0 if self.decode_only else self.rows
         t, r = self.tokens, self.rows
         return (t, t, t, r, r + 1, r, 3, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
+
+    def words(self, page_size: int) -> int:
+        """Of a buffer that holds them."""
+        return sum(map(_aligned, self.sizes(page_size)))
+
+
+def _aligned(words: int) -> int:
+    return -(-words // 4) * 4
 
 
 def unpack(

@@ -29,11 +29,8 @@ def unpack(
     return ids, positions, last
 
 
-# Buckets begin where the one before ended, at any alignment, and their sizes are many: one kernel serves them all.
-@triton.jit(
-    do_not_specialize=["tokens", "sequences", "cells", "words"],
-    do_not_specialize_on_alignment=["given", "given_positions", "query_starts", "at", "pages", "fresh", "values"],
-)
+# Sizes vary from step to step, and one kernel serves them all.
+@triton.jit(do_not_specialize=["tokens", "sequences", "cells", "words"])
 def _unpack_kernel(
     given, given_positions, query_starts, at, pages, fresh, values,
     page_table, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,

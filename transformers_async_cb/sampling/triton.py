@@ -330,7 +330,7 @@ def _index_of(
 # -------------------------------------------------------------------------------------------------- the draw
 
 
-@triton.jit(do_not_specialize_on_alignment=["positions"])  # a view of a step's inputs: elsewhere for each bucket
+@triton.jit
 def _pick_kernel(
     logits, row_stride, token_stride, vocabulary, temperature, top_p, top_k, min_p, stride,
     seed_low, seed_high, positions, listed, bounds, found, at, largest, total, groups,
