@@ -2,11 +2,13 @@
 
 from itertools import takewhile
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_in_interpreter
 
 from transformers_async_cb.attention import Step, choose_backend, reference
+from transformers_async_cb.inputs import share_out
 
 
 PAGE_SIZE = 16
@@ -19,7 +21,7 @@ MIXED = [(40, 1), (129, 1), (0, 2), (0, 77), (31, 33), (64, 1), (250, 40)]
 SHAPES = [(4, 4, 16, 16), (4, 2, 32, 32), (6, 2, 24, 24), (8, 1, 64, 64), (4, 2, 32, 16)]
 
 
-def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32):
+def make_case(sequences, shape, padding, seed, programs=20, device="cpu", dtype=torch.float32):
     """A step over scattered pages, all that is not a sequence's own filled with NaN, and the inputs of attention."""
     heads, kv_heads, key_dim, value_dim = shape
     g = torch.Generator().manual_seed(seed)
@@ -46,6 +48,9 @@ def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32
     positions = torch.cat([torch.arange(c, c + n) for c, n in sequences])
     starts = torch.tensor([0, *torch.tensor([n for _, n in sequences]).cumsum(0).tolist()])
     decodes = len(list(takewhile(lambda s: s[1] == 1, sequences)))
+    single = np.flatnonzero([n == 1 for _, n in sequences])
+    work = np.empty(len(sequences) + padding + programs, np.int32)
+    share_out(work, single, np.array([c + n for c, n in sequences])[single], programs)
     step = Step(
         page_table=page_table,
         token_rows=torch.cat([token_rows, torch.full((padding,), pad_row)]).int(),
@@ -53,7 +58,8 @@ def make_case(sequences, shape, padding, seed, device="cpu", dtype=torch.float32
         rows=torch.cat([rows, torch.full((padding,), pad_row)]).int(),
         query_starts=torch.cat([starts, torch.full((padding,), tokens)]).int(),
         lengths=torch.tensor([c + n for c, n in sequences] + [0] * padding, **ints),
-        counts=torch.tensor([decodes, len(sequences), sum(c + 1 for c, _ in sequences[:decodes])], **ints),
+        counts=torch.tensor([decodes, len(sequences)], **ints),
+        work=torch.from_numpy(work),
         counters=torch.zeros((len(sequences) + padding) * kv_heads, **ints),
         decode_only=all(n == 1 for _, n in sequences),
     )

@@ -1,10 +1,11 @@
 """What the device makes of a step's packed inputs."""
 
 import numpy as np
+import pytest
 import torch
 from conftest import run_in_interpreter
 
-from transformers_async_cb.inputs import Bucket, StepArrays, unpack
+from transformers_async_cb.inputs import MOST_PARTS, Bucket, StepArrays, share_out, unpack
 from transformers_async_cb.sampling import PARAMETER_WORDS
 
 
@@ -16,8 +17,8 @@ BUCKETS = [Bucket(3, 3, True), Bucket(40, 4, False), Bucket(300, 6, False), Buck
 def make_case(bucket: Bucket, seed: int, device="cpu") -> tuple[StepArrays, list[torch.Tensor]]:
     """Inputs that write each cell and row at most once, and the tables they write to."""
     draw = np.random.default_rng(seed)
-    sizes = bucket.sizes(PAGE_SIZE)
-    packed = np.zeros(bucket.words(PAGE_SIZE), np.int32)
+    sizes = bucket.sizes(PAGE_SIZE, 7)
+    packed = np.zeros(bucket.words(PAGE_SIZE, 7), np.int32)
     a = StepArrays.of(packed, sizes)
     a.ids[:] = draw.integers(-1 - ROWS, 90, bucket.tokens)
     a.positions[:] = draw.integers(0, 1000, bucket.tokens)
@@ -59,6 +60,29 @@ def test_tokens_are_given_or_carried_and_the_tables_of_rows_are_brought_up_to_da
     for row, values in zip(a.fresh.tolist(), a.parameters.view(-1, PARAMETER_WORDS), strict=True):
         parameters_before[row] = values
     assert torch.equal(parameters, parameters_before)
+
+
+@pytest.mark.parametrize("programs", [1, 16, 132])
+@pytest.mark.parametrize("count", [0, 1, 5, 16, 66, 80, 300])
+def test_sequences_are_cut_into_parts_for_all_programs(count, programs):
+    lengths = np.random.default_rng(0).integers(1, 2000, count)
+    sequences = np.arange(count) * 2 + 3
+    work = np.full(count + programs, -1, np.int32)
+    share_out(work, sequences, lengths, programs)
+    items = work[work > 0].tolist()
+    assert all(item == 0 for item in work[len(items) :])
+    parts: dict[int, list[int]] = {}
+    for item in items:
+        sequence, part, others = item // MOST_PARTS**2 - 1, item // MOST_PARTS % MOST_PARTS, item % MOST_PARTS
+        parts.setdefault(sequence, []).append(part)
+        assert part <= others < MOST_PARTS
+    assert {s: sorted(p) for s, p in parts.items()} == {s: list(range(len(p))) for s, p in parts.items()}
+    assert sorted(parts) == sequences.tolist()
+    if count < programs:
+        assert len(items) <= programs
+        assert count == 0 or len(items) > programs / 3 or max(map(len, parts.values())) == MOST_PARTS
+    largest = max((length / len(parts[s]) for s, length in zip(sequences, lengths, strict=True)), default=0)
+    assert largest <= 3 * max(lengths.sum() / programs, 2000 / MOST_PARTS)
 
 
 def test_the_triton_kernel_makes_the_same_of_them():

@@ -11,6 +11,7 @@ import torch
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
+from .interpreter import switching_often
 from .lanes import Lanes, Slot
 from .mailbox import Mailbox
 from .model import ModelLoan

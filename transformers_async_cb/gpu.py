@@ -22,6 +22,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def side_by_side(device: torch.device) -> int:
+    """Programs of decode attention that run at once. Each keeps 228 registers for each of its 32 threads, so eight of
+    them share the registers of a multiprocessor."""
+    return 8 * multiprocessors(device)
+
+
 @functools.lru_cache
 def starts_early(device: torch.device) -> bool:
     """Whether a kernel may be on its way while the one before it ends: programmatic dependent launch

@@ -12,8 +12,8 @@ import torch._inductor.config
 from transformers.utils import logging
 
 from .attention import LayerShape, PagedLayer, Step, computing
-from .gpu import starts_early
-from .inputs import Bucket, StepArrays, unpack
+from .gpu import side_by_side, starts_early
+from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
 from .model import ModelLoan
 from .pages import Pages
@@ -87,8 +87,10 @@ class Runner:
         self.mixed_rows = [-(-rows.count // 16), -(-rows.count // 4), rows.count]
         self.token_buckets = token_buckets(settings.token_budget)
 
+        kv_heads = max(shape.kv_heads for shape in shapes.values())
+        self.programs = max(1, side_by_side(self.device) // kv_heads)
         largest = Bucket(settings.token_budget, rows.count, False)
-        self.words_in = largest.words(self.page_size)
+        self.words_in = self.words(largest)
         self.words_out = rows.count * (2 if self.with_logprobs else 1)
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
@@ -97,7 +99,7 @@ class Runner:
         self.page_table = torch.full((rows.count + 1, columns), Pages.PADDING, **on_device)
         self.last_tokens = torch.zeros(rows.count + 1, **on_device)
         self.parameters = torch.zeros(rows.count + 1, PARAMETER_WORDS, **on_device)
-        self.counters = torch.zeros(rows.count * max(shape.kv_heads for shape in shapes.values()), **on_device)
+        self.counters = torch.zeros(rows.count * kv_heads, **on_device)
 
         self.layers = {
             module: PagedLayer(
@@ -147,11 +149,11 @@ class Runner:
         return StepKey(Bucket(tokens, rows, decode_only), flavour)
 
     def words(self, bucket: Bucket) -> int:
-        return bucket.words(self.page_size)
+        return bucket.words(self.page_size, self.programs)
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included."""
-        a = StepArrays.of(buffer, key.bucket.sizes(self.page_size))
+        a = StepArrays.of(buffer, key.bucket.sizes(self.page_size, self.programs))
         r, decodes, sequences, padding = self.rows, plan.decodes, len(plan.rows), self.padding_row
         a.ids[:decodes] = -1 - plan.rows[:decodes]
         a.positions[:decodes] = plan.starts[:decodes]
@@ -174,7 +176,9 @@ class Runner:
         a.query_starts[sequences + 1 :] = at
         a.lengths[:sequences] = plan.starts + plan.counts
         a.lengths[sequences:] = 0
-        a.counts[:] = decodes, sequences, a.lengths[:decodes].sum()
+        a.counts[:] = decodes, sequences
+        single = np.flatnonzero(plan.counts == 1)
+        share_out(a.work, single, a.lengths[single], self.programs)
         a.stores[:sequences] = np.where(plan.samples, plan.rows, padding)
         a.stores[sequences:] = padding
         a.cells[: len(plan.cells)] = plan.cells
@@ -254,11 +258,11 @@ class Runner:
         return graph
 
     def _compute(self, key: StepKey) -> None:
-        a = StepArrays.of(self.static_in, key.bucket.sizes(self.page_size))
+        a = StepArrays.of(self.static_in, key.bucket.sizes(self.page_size, self.programs))
         ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens)
         step = Step(
-            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, self.counters,
-            key.bucket.decode_only,
+            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
+            self.counters, key.bucket.decode_only,
         )  # fmt: skip
         with computing(step, self.backend):
             logits = self.loan.forward(ids[None], positions[None], last)

@@ -31,9 +31,8 @@ class Step(NamedTuple):
     rows: torch.Tensor  # [B] row of each sequence
     query_starts: torch.Tensor  # [B + 1] first token of each sequence
     lengths: torch.Tensor  # [B] tokens in the cache after this step
-    counts: (
-        torch.Tensor
-    )  # [3] sequences that decode, and come first; all but the padding; tokens to attend to in decoding
+    counts: torch.Tensor  # [2] sequences that decode, and come first; sequences that are not padding
+    work: torch.Tensor  # [W] see `inputs.share_out`
     counters: torch.Tensor  # [B * kv_heads or more] zeros that kernels count in, and leave zero
     decode_only: bool  # one token a sequence
 

@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 
 from ..gpu import early, multiprocessors
+from ..inputs import MOST_PARTS
 
 
 if TYPE_CHECKING:
     from . import Step
 
 _LOG2_E = 1.4426950408889634
-_MAX_SPLITS = 32
-_PROGRAMS = 8  # for each multiprocessor, to decode with
 
 
 class _Tile(NamedTuple):
@@ -71,14 +70,12 @@ def attend(
 
     tile = _DECODE_WIDE if wide else _DECODE
     padded_group = triton.next_power_of_2(group)
-    programs = _PROGRAMS * multiprocessors(query.device)
-    splits = min(_MAX_SPLITS, max(4, triton.cdiv(2 * programs, sequences * kv_heads)))
-    partial = query.new_empty(sequences, heads, splits, value_dim, dtype=torch.float32)
-    weights = query.new_empty(sequences, heads, splits, dtype=torch.float32)
-    _decode_kernel[(sequences, kv_heads, splits)](
-        query, key, value, key_pages, value_pages, out, partial, weights, step.counts, step.counters, *layout,
-        *key.stride(), *value.stride(), programs, **shared,
-        ROWS=max(16, padded_group), KEYS=tile.keys, WRITES=step.decode_only,
+    partial = query.new_empty(sequences, heads, MOST_PARTS, value_dim, dtype=torch.float32)
+    weights = query.new_empty(sequences, heads, MOST_PARTS, dtype=torch.float32)
+    _decode_kernel[(len(step.work), kv_heads)](
+        query, key, value, key_pages, value_pages, out, partial, weights, step.work, step.counters, *layout,
+        *key.stride(), *value.stride(), **shared,
+        ROWS=max(16, padded_group), KEYS=tile.keys, PARTS=MOST_PARTS, WRITES=step.decode_only,
         num_warps=max(tile.warps, min(4, padded_group // 16)), num_stages=tile.stages, **early(query.device),
     )  # fmt: skip
     if not step.decode_only:
@@ -167,33 +164,30 @@ def _attend_block(
     return new_maximum, total, acc
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit
 def _decode_kernel(
-    query, key, value, key_pages, value_pages, out, partial, weights, counts, counters,
+    query, key, value, key_pages, value_pages, out, partial, weights, work, counters,
     page_table, rows, query_starts, lengths, scaling, table_stride,
     q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head, out_token, out_head,
-    key_token, key_head, key_dim, value_token, value_head, value_dim, programs,
+    key_token, key_head, key_dim, value_token, value_head, value_dim,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence, the query heads of one key head, one part of the keys: split-KV, as in Flash-Decoding
-    (https://pytorch.org/blog/flash-decoding/). A sequence has as many parts as it takes to share all keys of the step
-    among `programs`; programs beyond them end at once. The program with the last of the keys writes the new one to its
-    page first; the program of a sequence that is done last adds the parts up."""
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    (https://pytorch.org/blog/flash-decoding/), by the list of work that came with the step. The program with the last
+    of the keys writes the new one to its page first; the program of a sequence that is done last adds the parts up."""
+    kv_head = tl.program_id(1)
     # What the step's inputs say was there long before the query is.
-    token = tl.load(query_starts + sequence)
-    if tl.load(query_starts + sequence + 1) - token != 1:
+    item = tl.load(work + tl.program_id(0))
+    if item == 0:
         return
+    sequence, split, parts = item // (PARTS * PARTS) - 1, item // PARTS % PARTS, item % PARTS + 1
+    token = tl.load(query_starts + sequence)
     length = tl.load(lengths + sequence)
     begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
     blocks = tl.cdiv(length - begin, KEYS)
-    keys = tl.load(counts + 2)
-    if WINDOW > 0:
-        keys = tl.minimum(keys, tl.load(counts) * WINDOW)
-    parts = tl.cdiv(blocks, tl.maximum(1, keys // KEYS * tl.num_programs(1) // programs))
-    share = tl.cdiv(blocks, tl.minimum(parts, tl.num_programs(2)))
+    share = tl.cdiv(blocks, parts)
     parts = tl.cdiv(blocks, share)
     if split >= parts:
         return
@@ -236,7 +230,7 @@ def _decode_kernel(
             PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
         )  # fmt: skip
     keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
-    first_part = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * tl.num_programs(2)
+    first_part = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * PARTS
     at = (first_part * VALUE_DIM)[:, None] + value_dims[None, :]
     arrived = parts - 1
     if parts > 1:
@@ -246,19 +240,20 @@ def _decode_kernel(
         arrived = tl.atomic_add(counters + sequence * tl.num_programs(1) + kv_head, 1, sem="acq_rel")
     if arrived != parts - 1:
         return
-    if parts > 1:
+    if parts > 1:  # read from the L2 cache, where other programs' stores are
         tl.store(counters + sequence * tl.num_programs(1) + kv_head, 0)
-        maximum = tl.full([ROWS], float("-inf"), tl.float32)
-        for part in range(parts):
-            weight = tl.load(weights + part + first_part, mask=real, other=0.0, volatile=True)
-            maximum = tl.maximum(maximum, weight)
-        total = tl.zeros([ROWS], tl.float32)
+        every = tl.arange(0, PARTS)
+        all_weights = tl.load(
+            weights + first_part[:, None] + every[None, :],
+            mask=real[:, None] & (every < parts)[None, :], other=float("-inf"), cache_modifier=".cg",
+        )  # fmt: skip
+        maximum = tl.where(real, tl.max(all_weights, 1), 0.0)
+        total = tl.sum(tl.exp2(all_weights - maximum[:, None]), 1)
         acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-        for part in range(parts):
-            weight = tl.load(weights + part + first_part, mask=real, other=0.0, volatile=True)
-            weight = tl.exp2(weight - maximum)
-            total += weight
-            acc += weight[:, None] * tl.load(partial + part * VALUE_DIM + at, mask=keep, other=0.0, volatile=True)
+        for part in tl.range(0, parts, loop_unroll_factor=4):
+            weight = tl.load(weights + part + first_part, mask=real, other=0.0, cache_modifier=".cg")
+            x = tl.load(partial + part * VALUE_DIM + at, mask=keep, other=0.0, cache_modifier=".cg")
+            acc += tl.exp2(weight - maximum)[:, None] * x
     acc = acc / total[:, None]
     where = out + token * out_token + heads[:, None] * out_head + value_dims[None, :]
     tl.store(where, acc.to(out.dtype.element_ty), mask=keep)

@@ -12,6 +12,10 @@ from ..gpu import triton_error
 from ..sampling import PARAMETER_WORDS
 
 
+# Parts that the keys of one sequence may be cut into, to be looked at side by side.
+MOST_PARTS = 32
+
+
 class StepArrays(NamedTuple):
     """The packed int32 inputs of a step, as views of one buffer: numpy on the host, torch on the device."""
 
@@ -21,7 +25,8 @@ class StepArrays(NamedTuple):
     rows: np.ndarray | torch.Tensor  # [B]
     query_starts: np.ndarray | torch.Tensor  # [B + 1]
     lengths: np.ndarray | torch.Tensor  # [B]
-    counts: np.ndarray | torch.Tensor  # [3] decoding sequences, sequences without the padding, lengths of the former
+    counts: np.ndarray | torch.Tensor  # [2] decoding sequences, sequences without the padding
+    work: np.ndarray | torch.Tensor  # [W] see `share_out`
     stores: np.ndarray | torch.Tensor  # [B] row whose last token the sample becomes, or the padding row
     cells: np.ndarray | torch.Tensor  # [P] entries of the flat page table to write
     pages: np.ndarray | torch.Tensor  # [P]
@@ -46,16 +51,46 @@ class Bucket(NamedTuple):
     rows: int
     decode_only: bool
 
-    def sizes(self, page_size: int) -> tuple[int, ...]:
-        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages."""
+    def sizes(self, page_size: int, programs: int) -> tuple[int, ...]:
+        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages; `programs` as for
+        `share_out`."""
         cells = self.rows if self.decode_only else self.rows + self.tokens // page_size
         fresh = 0 if self.decode_only else self.rows
         t, r = self.tokens, self.rows
-        return (t, t, t, r, r + 1, r, 3, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
+        return (t, t, t, r, r + 1, r, 2, r + programs, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
 
-    def words(self, page_size: int) -> int:
+    def words(self, page_size: int, programs: int) -> int:
         """Of a buffer that holds them."""
-        return sum(map(_aligned, self.sizes(page_size)))
+        return sum(map(_aligned, self.sizes(page_size, programs)))
+
+
+def share_out(work: np.ndarray, sequences: np.ndarray, lengths: np.ndarray, programs: int) -> None:
+    """Cut the sequences that decode into parts, so that programs have about as many keys each to look at.
+
+    Args:
+        work (`np.ndarray`): int32 `[W]`, written: an item is (sequence + 1, part, number of the sequence's parts - 1)
+            as digits to the base `MOST_PARTS`, or 0 where there is nothing to do. `W` is at least `programs` more than
+            there are sequences.
+        sequences (`np.ndarray`): which of the step's these are.
+        lengths (`np.ndarray`): of each, in tokens.
+        programs (`int`): how many run side by side. If there are fewer sequences, there are at most so many parts.
+    """
+    count, total = len(sequences), int(lengths.sum())
+    share = -(-total // programs)
+    if count < programs:  # rounding up adds a part to a sequence at most: with the last of these there is room
+        largest = -(-total // (programs - count))
+        for candidate in (share, (share + largest) // 2, largest):
+            share = max(1, candidate)
+            parts = np.minimum(-(-lengths // share), MOST_PARTS)
+            if parts.sum() <= programs:
+                break
+    else:
+        parts = np.minimum(-(-lengths // share), MOST_PARTS)
+    last = np.cumsum(parts)
+    items = int(last[-1]) if count else 0
+    part = np.arange(items) - np.repeat(last - parts, parts)
+    work[:items] = (np.repeat(sequences + 1, parts) * MOST_PARTS + part) * MOST_PARTS + np.repeat(parts - 1, parts)
+    work[items:] = 0
 
 
 def _aligned(words: int) -> int:

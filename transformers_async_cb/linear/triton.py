@@ -14,7 +14,7 @@ from ..gpu import early, multiprocessors
 MOST_ROWS = 64
 _ROWS, _COLUMNS, _DEPTH = 64, 64, 128  # of a tile
 _WARPS, _STAGES = 4, 4
-_AHEAD = 8 * 2**20  # bytes of a weight that are on their way to the L2 cache before the input is there
+_AHEAD = 4 * 2**20  # bytes of a weight that are on their way to the L2 cache before the input is there
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -117,8 +117,8 @@ def _few_rows_kernel(
     if splits > 1:
         tl.store(counters + tl.program_id(2) * tl.num_programs(0) + tile, 0)
         acc = tl.zeros([COLUMNS, ROWS], tl.float32)
-        for part in range(splits):
-            acc += tl.load(partial + part * rows * columns + at, mask=there, other=0.0, volatile=True)
+        for part in tl.range(0, splits, loop_unroll_factor=2):  # from the L2 cache, where other programs' stores are
+            acc += tl.load(partial + part * rows * columns + at, mask=there, other=0.0, cache_modifier=".cg")
     if bias is not None:
         acc += tl.load(bias + n)[:, None]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)

@@ -1,0 +1,38 @@
+"""The interpreter's switch interval while an engine runs."""
+
+import sys
+
+import pytest
+from conftest import greedy, shared_model
+
+from transformers_async_cb.interpreter import INTERVAL, switching_often
+
+
+@pytest.fixture
+def interval():
+    before = sys.getswitchinterval()
+    yield sys.setswitchinterval
+    sys.setswitchinterval(before)
+
+
+def test_the_interval_is_short_while_an_engine_runs_and_then_what_it_was(interval):
+    interval(0.004)
+    seen = []
+    model = shared_model("llama")
+    with model.continuous_batching_context_manager(greedy(4), async_batching=True) as manager:
+        name = manager.add_request([1, 2, 3], streaming=True)
+        seen += [sys.getswitchinterval() for _ in manager.request_id_iter(name)]
+    assert seen == [pytest.approx(INTERVAL)] * 4
+    assert sys.getswitchinterval() == pytest.approx(0.004)
+
+
+def test_the_last_to_leave_gives_it_back_and_a_shorter_one_is_left_alone(interval):
+    interval(0.004)
+    with switching_often():
+        with switching_often():
+            assert sys.getswitchinterval() == pytest.approx(INTERVAL)
+        assert sys.getswitchinterval() == pytest.approx(INTERVAL)
+    assert sys.getswitchinterval() == pytest.approx(0.004)
+    interval(0.0001)
+    with switching_often():
+        assert sys.getswitchinterval() == pytest.approx(0.0001)
