@@ -71,6 +71,7 @@ class Engine:
         return self._loan.form() == self._form and self.settings.fit(workload)
 
     @torch.no_grad()
+    @switching_often()
     def run(self, mailbox: Mailbox, deliver: Callable[[list[GenerationOutput]], None]) -> None:
         """The loop. Returns when a stop was asked for and every request has ended."""
         if self.runner.device.type == "cuda":
