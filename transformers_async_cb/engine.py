@@ -11,6 +11,7 @@ import torch
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
+from .graphs import StepKey
 from .interpreter import switching_often
 from .lanes import Lanes, Slot
 from .mailbox import Mailbox
@@ -18,7 +19,7 @@ from .model import ModelLoan
 from .pages import Pages
 from .recorder import Recorder
 from .request import Rows
-from .runner import Runner, StepKey
+from .runner import Runner
 from .scheduler import Plan, Scheduler
 from .settings import EngineSettings, Workload
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from transformers.utils import logging
 
 from .attention import LayerShape, PagedLayer, Step, computing
 from .gpu import side_by_side, starts_early
+from .graphs import Graphs, StepKey
 from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
 from .model import ModelLoan
@@ -29,13 +29,6 @@ logger = logging.get_logger(__name__)
 # Graphs that torch may keep for one piece of code. All models of a process share the code that calls their layers, so
 # its own limit of 8 would stop the ninth.
 _MOST_GRAPHS = 256
-
-
-class StepKey(NamedTuple):
-    """What a captured step is made for."""
-
-    bucket: Bucket
-    flavour: Flavour
 
 
 def row_buckets(largest: int) -> list[int]:
@@ -59,8 +52,8 @@ def token_buckets(largest: int) -> list[int]:
 class Runner:
     """Runs plans on the model.
 
-    On CUDA a step is padded to its bucket, and from a bucket's second use on it is one graph replay. Elsewhere it has
-    the size of its plan and is computed as it comes.
+    On CUDA a step is padded to a bucket, and what was captured is one graph replay: see `Graphs`. Elsewhere it has the
+    size of its plan and is computed as it comes.
 
     Args:
         loan (`ModelLoan`): the model, borrowed.
@@ -81,7 +74,7 @@ class Runner:
         self.backend = settings.backend
         self.fused = settings.fused
         self.compiled = settings.compiled
-        self.graphs = settings.graphs
+        self.graphs = Graphs(settings.graphs)
         self.padding_row = rows.count
         self.row_buckets = row_buckets(rows.count)
         self.mixed_rows = [-(-rows.count // 16), -(-rows.count // 4), rows.count]
@@ -117,8 +110,6 @@ class Runner:
                 if settings.debug:
                     storage.fill_(torch.nan)
                 storage[Pages.PADDING] = 0
-        self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
         self._baked_in: list = []
 
     def attach(self) -> None:
@@ -131,7 +122,7 @@ class Runner:
             self.loan.compile_layers()
         baked_in = self.loan.baked_in()
         if baked_in != self._baked_in:
-            self._graphs.clear()
+            self.graphs.clear()
             self._baked_in = baked_in
 
     # ------------------------------------------------------------------------------------------------ host
@@ -146,7 +137,7 @@ class Runner:
                 tokens = self.token_buckets[np.searchsorted(self.token_buckets, tokens)]
                 rows = next(size for size in self.mixed_rows if size >= rows)
         flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs)
-        return StepKey(Bucket(tokens, rows, decode_only), flavour)
+        return self.graphs.choose(StepKey(Bucket(tokens, rows, decode_only), flavour))
 
     def words(self, bucket: Bucket) -> int:
         return bucket.words(self.page_size, self.programs)
@@ -203,16 +194,7 @@ class Runner:
 
     def step(self, key: StepKey, slot: Slot) -> None:
         """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`."""
-        graph = self._graphs.get(key)
-        if graph is None and self.graphs:
-            if key in self._graphs:
-                graph = self._graphs[key] = self._capture(key)
-            else:
-                self._graphs[key] = None
-        if graph is not None:
-            graph.replay()
-        else:
-            self._compute_uncaptured(key)
+        self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._compute(key))
         for part in range(2 if self.with_logprobs else 1):
             at = part * key.bucket.rows
             slot.device_out[at : at + key.bucket.rows].copy_(
@@ -232,30 +214,9 @@ class Runner:
             self.compiled = False
             logger.warning(
                 f"the layers of {type(self.loan.model).__name__} do not compile, they run as they are written: "
-                f"{_first_line(error)}"
+                f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             )
             self._compute(key)
-
-    def _capture(self, key: StepKey) -> torch.cuda.CUDAGraph | None:
-        """Record a step that has run before: its kernels are compiled, and libraries have their workspaces. `None`,
-        and no more tries, if the model does what cannot be recorded."""
-        logger.debug(f"capturing {key}")
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-            ):
-                self._compute(key)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self.graphs = False
-            logger.warning(
-                f"steps of {type(self.loan.model).__name__} cannot be captured as CUDA graphs, they run as they come: "
-                f"{_first_line(error)}"
-            )
-            return None
-        return graph
 
     def _compute(self, key: StepKey) -> None:
         a = StepArrays.of(self.static_in, key.bucket.sizes(self.page_size, self.programs))
@@ -289,7 +250,3 @@ def _compiling(device: torch.device) -> Generator[None]:
         if starts_early(device):
             settings.enter_context(torch._inductor.config.patch({"triton.enable_pdl": True}))
         yield
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
