@@ -70,8 +70,8 @@ def attend(
 
     tile = _DECODE_WIDE if wide else _DECODE
     padded_group = triton.next_power_of_2(group)
-    partial = query.new_empty(sequences, heads, MOST_PARTS, value_dim, dtype=torch.float32)
-    weights = query.new_empty(sequences, heads, MOST_PARTS, dtype=torch.float32)
+    partial = query.new_empty(len(step.work), heads, value_dim, dtype=torch.float32)
+    weights = query.new_empty(len(step.work), heads, dtype=torch.float32)
     _decode_kernel[(len(step.work), kv_heads)](
         query, key, value, key_pages, value_pages, out, partial, weights, step.work, step.counters, *layout,
         *key.stride(), *value.stride(), **shared,
@@ -230,12 +230,13 @@ def _decode_kernel(
             PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
         )  # fmt: skip
     keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
-    first_part = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + heads) * PARTS
+    all_heads = tl.num_programs(1) * GROUP
+    first_part = (tl.program_id(0) - split).to(tl.int64) * all_heads + heads  # a sequence's items follow one another
     at = (first_part * VALUE_DIM)[:, None] + value_dims[None, :]
     arrived = parts - 1
     if parts > 1:
-        tl.store(partial + split * VALUE_DIM + at, acc / total[:, None], mask=keep)
-        tl.store(weights + split + first_part, maximum + tl.log2(total), mask=real)
+        tl.store(partial + split * all_heads * VALUE_DIM + at, acc / total[:, None], mask=keep)
+        tl.store(weights + split * all_heads + first_part, maximum + tl.log2(total), mask=real)
         tl.debug_barrier()  # all threads have stored before one of them says so
         arrived = tl.atomic_add(counters + sequence * tl.num_programs(1) + kv_head, 1, sem="acq_rel")
     if arrived != parts - 1:
@@ -244,15 +245,15 @@ def _decode_kernel(
         tl.store(counters + sequence * tl.num_programs(1) + kv_head, 0)
         every = tl.arange(0, PARTS)
         all_weights = tl.load(
-            weights + first_part[:, None] + every[None, :],
+            weights + first_part[:, None] + every[None, :] * all_heads,
             mask=real[:, None] & (every < parts)[None, :], other=float("-inf"), cache_modifier=".cg",
         )  # fmt: skip
         maximum = tl.where(real, tl.max(all_weights, 1), 0.0)
         total = tl.sum(tl.exp2(all_weights - maximum[:, None]), 1)
         acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
         for part in tl.range(0, parts, loop_unroll_factor=4):
-            weight = tl.load(weights + part + first_part, mask=real, other=0.0, cache_modifier=".cg")
-            x = tl.load(partial + part * VALUE_DIM + at, mask=keep, other=0.0, cache_modifier=".cg")
+            weight = tl.load(weights + part * all_heads + first_part, mask=real, other=0.0, cache_modifier=".cg")
+            x = tl.load(partial + part * all_heads * VALUE_DIM + at, mask=keep, other=0.0, cache_modifier=".cg")
             acc += tl.exp2(weight - maximum)[:, None] * x
     acc = acc / total[:, None]
     where = out + token * out_token + heads[:, None] * out_head + value_dims[None, :]
