@@ -8,12 +8,23 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import FAMILIES, batching, greedy, random_prompts, reference, shared_model
+from conftest import (
+    FAMILIES,
+    VOCABULARY,
+    batching,
+    generate_alone,
+    greedy,
+    new_model,
+    random_prompts,
+    reference,
+    shared_model,
+)
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import RequestStatus
 
 from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.engine import Engine
+from transformers_async_cb.manager import CACHED
 
 
 OVERLAP = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
@@ -404,3 +415,85 @@ class TestSampling:
             prompts, generation_config=greedy(8), do_sample=True, top_k=1, temperature=5.0, async_batching=True
         )
         assert [o.generated_tokens for o in outputs.values()] == [reference(llama, p, greedy(8)) for p in prompts]
+
+
+BEGINNING = [(7 * i) % VOCABULARY for i in range(50)]
+ALIKE = [[*BEGINNING, i, i + 1] for i in range(12)] + [BEGINNING[:32], BEGINNING[:33], [5, 6]]
+
+
+class TestPromptsThatBeginAlike:
+    """The pages of a beginning are computed once, as long as the model is what it was."""
+
+    def generated(self, model, **changes) -> tuple[list[list[int]], int]:
+        """The answers, and how many tokens of prompts were found; the manager is kept."""
+        outputs = model.generate_batch(
+            ALIKE,
+            generation_config=greedy(10),
+            continuous_batching_config=batching(page_size=8, max_batch_tokens=64, **changes),
+            persistent_manager=True,
+            async_batching=AsyncBatchingConfig(debug=True),
+        )
+        return [output.generated_tokens for output in outputs.values()], getattr(
+            model, CACHED
+        )._engine.scheduler.reused
+
+    def expected(self, model) -> list[list[int]]:
+        return [reference(model, prompt, greedy(10)) for prompt in ALIKE]
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_give_the_tokens_of_generate(self, family):
+        model = new_model(family)
+        expected = self.expected(model)
+        tokens, reused = self.generated(model)
+        assert tokens == expected
+        assert reused >= 48 * 8, "most requests came after the first"
+        tokens, reused_again = self.generated(model)
+        assert tokens == expected
+        assert reused_again - reused >= 48 * 12 + 24 + 32, "now all of them"
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_are_computed_one_by_one_when_sharing_is_off(self):
+        model = new_model("llama")
+        assert self.generated(model, allow_block_sharing=False) == (self.expected(model), 0)
+        model.destroy_cached_continuous_batching_manager()
+
+    @pytest.mark.parametrize("change", ["in place", "through data", "one bit", "in another order", "moved", "hooked"])
+    def test_follow_a_model_that_changes_between_calls(self, change):
+        model = new_model("llama")
+        self.generated(model)
+        weight = model.model.layers[0].self_attn.v_proj.weight
+        with torch.no_grad():
+            if change == "in place":
+                weight.mul_(1.5)
+            elif change == "through data":
+                weight.data.copy_(weight.data * 1.5)
+            elif change == "one bit":
+                weight.data.view(torch.int32)[3, 4] ^= 1 << 30
+            elif change == "in another order":
+                weight.data.copy_(weight.data.flip(0))
+            elif change == "moved":
+                weight.data = weight.data * 1.5
+            else:
+                model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, args, out: out * 1.5)
+        reused = getattr(model, CACHED)._engine.scheduler.reused
+        expected = self.expected(model)
+        tokens, reused_again = self.generated(model)
+        assert tokens == expected
+        assert reused_again - reused < 48 * 12, "the first had to be computed again"
+        model.destroy_cached_continuous_batching_manager()
+
+    def test_follow_weights_that_change_in_a_pause(self):
+        model = new_model("llama")
+        prompt = ALIKE[0]
+        with model.continuous_batching_context_manager(
+            greedy(10), continuous_batching_config=batching(page_size=8), async_batching=True
+        ) as manager:
+            manager.add_request(prompt, request_id="before")
+            before = manager.get_result("before").generated_tokens
+            with manager.pause():
+                expected = [generate_alone(model, prompt, greedy(10))]
+                model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1)
+                expected.append(generate_alone(model, prompt, greedy(10)))
+            manager.add_request(prompt, request_id="after")
+            assert [before, manager.get_result("after").generated_tokens] == expected
+        assert expected[0] != expected[1], "or the change would not show"

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from transformers_async_cb.pages import Pages
+from transformers_async_cb.pages import Pages, extend_keys
 
 
 @pytest.mark.parametrize("page_size, tokens, pages", [
@@ -84,3 +84,66 @@ def test_each_has_one_holder_whatever_the_order(seed: int) -> None:
     for taken in held:
         pages.give_back(taken)
     assert sorted(pages.take(count).tolist()) == list(range(1, count + 1))
+
+
+def keys_of(tokens: list[int], page_size: int = 2) -> list[bytes]:
+    keys: list[bytes] = []
+    extend_keys(keys, np.array(tokens, np.int32), page_size)
+    return keys
+
+
+def test_keys_name_a_page_and_all_before_it() -> None:
+    keys = keys_of([1, 2, 3, 4, 5])
+    assert len(keys) == 2, "of full pages alone"
+    assert keys_of([1, 2, 3, 4, 9, 9])[:2] == keys
+    assert keys_of([1, 2, 9, 4])[0] == keys[0]
+    assert keys_of([1, 2, 9, 4])[1] != keys[1]
+    assert keys_of([9, 2, 3, 4])[1] != keys[1]
+    assert keys_of([1, 2, 1, 2])[1] != keys[0]
+    begun = keys_of([1, 2])
+    extend_keys(begun, np.array([1, 2, 3, 4], np.int32), 2)
+    assert begun == keys
+
+
+def test_pages_with_known_contents_stay_until_others_are_needed() -> None:
+    pages, keys = Pages(4, 2), keys_of([1, 2, 3, 4, 5, 6])
+    taken = pages.take(3)
+    for page, key in zip(taken.tolist(), keys, strict=True):
+        pages.fill(page, key)
+    pages.give_back(taken)
+    assert pages.free == 4
+    found = pages.find(keys[:2])
+    assert found.tolist() == taken[:2].tolist()
+    assert pages.free == 2
+    again = pages.find(keys)
+    assert again.tolist() == taken.tolist()
+    assert pages.free == 1
+    pages.give_back(found)
+    assert pages.free == 1, "others hold them still"
+    pages.give_back(again)
+    pages.take(2)  # the empty one, and of the others the last of the sequence
+    assert pages.find(keys).tolist() == taken[:2].tolist()
+    assert pages.free == 0
+
+
+def test_what_pages_held_is_forgotten_at_once_but_who_holds_them_is_not() -> None:
+    pages, keys = Pages(4, 2), keys_of([1, 2, 3, 4])
+    taken = pages.take(2)
+    for page, key in zip(taken.tolist(), keys, strict=True):
+        pages.fill(page, key)
+    pages.give_back(taken[1:])
+    pages.forget()
+    assert pages.find(keys).tolist() == []
+    assert pages.free == 3
+    pages.give_back(taken[:1])
+    assert sorted(pages.take(4).tolist()) == [1, 2, 3, 4]
+
+
+def test_pages_are_told_when_they_are_empty_and_not_while_they_hold_something() -> None:
+    pages, (key, _) = Pages(3, 2), keys_of([1, 2, 3, 4])
+    taken = pages.take(2)
+    pages.fill(int(taken[0]), key)
+    pages.give_back(taken)
+    assert np.concatenate(pages.take_emptied()).tolist() == taken[1:].tolist()
+    pages.take(3)
+    assert np.concatenate(pages.take_emptied()).tolist() == taken[:1].tolist()

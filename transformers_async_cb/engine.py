@@ -61,15 +61,26 @@ class Engine:
         self.depth = Lanes.DEPTH if settings.overlap else 1
         rows = Rows(settings.rows, settings.columns, settings.logprobs)
         pages = Pages(settings.pages, settings.page_size)
-        self.scheduler = Scheduler(rows, pages, settings.token_budget, settings.max_tokens, settings.reserve)
+        self.scheduler = Scheduler(
+            rows, pages, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse
+        )
         self.runner = Runner(loan, shapes, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
+        self._weights: tuple | None = None
         self.steps = 0
         self.recorder: Recorder | None = None  # set between runs, by whoever wants to know what takes how long
 
     def fits(self, workload: Workload) -> bool:
         """Whether this engine still fits its model, and serves `workload` as well as a new one would."""
         return self._loan.form() == self._form and self.settings.fit(workload)
+
+    def attach(self) -> None:
+        """Take up the model, which may not be what it was: then what pages hold is not what it would compute."""
+        void = self.runner.attach()
+        weights = self._loan.weights() if self.settings.reuse else None
+        if void or weights != self._weights:
+            self.scheduler.pages.forget()
+            self._weights = weights
 
     @torch.no_grad()
     @switching_often()
@@ -105,6 +116,8 @@ class Engine:
             if not flights and self.scheduler.idle:
                 self.scheduler.check_books()
                 if mailbox.done:
+                    s = self.scheduler
+                    logger.info(f"{s.reused:,} of {s.looked_up:,} tokens of prompts so far were found in the cache")
                     return
 
     def _read(self, mailbox: Mailbox, wait: bool) -> None:
@@ -117,9 +130,9 @@ class Engine:
             self.scheduler.fail_all("the manager was stopped before the request finished")
 
     def _launch(self, plan: Plan) -> Flight:
-        released = self.scheduler.take_released()
-        if self.settings.debug and released:  # before the launch: this step may have taken some of them again
-            pages = np.concatenate(released)
+        emptied = self.scheduler.pages.take_emptied()
+        if self.settings.debug and emptied:  # before the launch: this step may have taken some of them again
+            pages = np.concatenate(emptied)
             self.lanes.compute.run(lambda: self.runner.poison(pages))
         key = self.runner.key_for(plan)
         slot = self.lanes.stage()

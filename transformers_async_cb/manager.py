@@ -129,7 +129,7 @@ class AsyncBatchingManager:
                     )
                     logger.info(f"async batching with {settings}")
                     self._engine = Engine(self._loan, shapes, settings)
-                self._engine.runner.attach()
+                self._engine.attach()
         except BaseException:
             self._loan.give_back()
             raise
@@ -227,7 +227,7 @@ class AsyncBatchingManager:
                     self._pauses -= 1
                     if self._pauses == 0:
                         self._loan.borrow()
-                        self._engine.runner.attach()
+                        self._engine.attach()
                     self._engine.lanes.enter()
             except BaseException:
                 self._mailbox.ask_to_stop(hard=True)

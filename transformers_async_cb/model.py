@@ -19,6 +19,11 @@ from .linear import Products, noting_inputs
 # Parts beside the layers that are one kernel as they are, or nothing.
 _NOT_WORTH_COMPILING = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.ModuleList)
 
+# Attributes in which PEFT keeps what its layers do.
+_ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class ModelLoan:
     """Borrows a model and gives it back.
@@ -230,13 +235,29 @@ class ModelLoan:
         return was_compiled
 
     def baked_in(self) -> list:
-        """What a captured step cannot see change: where the weights lie, and the functions hooked to the modules."""
+        """What a captured step cannot see change: where the weights lie, the functions hooked to the modules, and
+        which of its adapters (PEFT) a module uses."""
         storages = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
         hooks = [
             (type(m), vars(m).get("forward"), *m._forward_hooks.values(), *m._forward_pre_hooks.values())
             for m in self.model.modules()
         ]
-        return storages + hooks
+        adapters = [repr([vars(m).get(name) for name in _ADAPTER_STATE]) for m in self.model.modules()]
+        return storages + hooks + adapters
+
+    @torch.no_grad()
+    def weights(self) -> tuple:
+        """A digest of all weights, to tell whether they have changed. Reads them twice, which takes a GPU some
+        milliseconds. Counters that autograd keeps do not tell: writing through `.data` passes them by."""
+        sums, products = [], []
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.numel():
+                lines = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+                sums.append(lines.view(_INTEGERS[lines.itemsize]).sum(dtype=torch.int64))  # sees every bit
+                if lines.is_floating_point():  # sees the order
+                    across, down = (torch.arange(n, device=lines.device).cos() for n in reversed(lines.shape))
+                    products.append((lines @ across.to(lines.dtype)).double() @ down.double())
+        return tuple(torch.stack(values).tolist() if values else None for values in (sums, products))
 
     def form(self) -> list[tuple]:
         """What an engine is built for: modules, and the shape, type and place of each weight."""

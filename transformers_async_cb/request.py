@@ -38,6 +38,7 @@ class Request:
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
+    page_keys: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
     created_time: float = field(default_factory=time.perf_counter)
     status: RequestStatus = RequestStatus.PENDING
     error: str | None = None
@@ -113,6 +114,7 @@ class Rows:
         self.filtered = np.zeros(count, bool)  # top-k or top-p
         self.eos = np.full((count, 1), -1, np.int32)
         self.page_count = np.zeros(count, np.int64)
+        self.full_pages = np.zeros(count, np.int64)  # the first so many others may find
         self.pages = np.zeros((count, columns), np.int32)
         self.tokens = np.zeros((count, 64), np.int32)
         self.logprobs = np.zeros((count, 64), np.float32) if with_logprobs else None
@@ -133,7 +135,7 @@ class Rows:
         self.phase[row] = Phase.RUNNING
         self.arrival[row] = request.arrival
         self.prefill[row] = self.known[row] = self.total[row] = known
-        self.computed[row] = self.page_count[row] = self.in_flight[row] = 0
+        self.computed[row] = self.page_count[row] = self.full_pages[row] = self.in_flight[row] = 0
         self.limit[row] = limit
         self.streaming[row] = request.streaming
         self.sampled[row] = request.sampling.temperature > 0

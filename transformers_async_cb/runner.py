@@ -112,18 +112,20 @@ class Runner:
                 storage[Pages.PADDING] = 0
         self._baked_in: list = []
 
-    def attach(self) -> None:
-        """Give the model's layers their pages. Weights that have moved since the last time, or hooks that have come or
-        gone, void what was captured."""
+    def attach(self) -> bool:
+        """Give the model's layers their pages. Weights that have moved since the last time, hooks that have come or
+        gone, and adapters that were switched void what was captured; returns whether they did."""
         self.loan.attach(self.layers)
         if self.fused:
             self.loan.fuse_products()
         if self.compiled:
             self.loan.compile_layers()
         baked_in = self.loan.baked_in()
-        if baked_in != self._baked_in:
+        void = baked_in != self._baked_in
+        if void:
             self.graphs.clear()
             self._baked_in = baked_in
+        return void
 
     # ------------------------------------------------------------------------------------------------ host
 

@@ -11,7 +11,8 @@ import numpy as np
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from .pages import Pages
+from .inputs import SPARE_CELLS
+from .pages import Pages, extend_keys
 from .request import Phase, Request, Rows
 
 
@@ -50,9 +51,18 @@ class Scheduler:
         token_budget (`int`): tokens one step may hold, at least the number of rows.
         max_tokens (`int`): positions one request may use.
         reserve (`float`): share of the pages that admission leaves free while anything runs.
+        reuse (`bool`): whether requests that begin alike share pages.
     """
 
-    def __init__(self, rows: Rows, pages: Pages, token_budget: int, max_tokens: int, reserve: float = 0.0) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        pages: Pages,
+        token_budget: int,
+        max_tokens: int,
+        reserve: float = 0.0,
+        reuse: bool = True,
+    ) -> None:
         self.rows = rows
         self.pages = pages
         self.token_budget = token_budget
@@ -63,8 +73,10 @@ class Scheduler:
         self.row_of: dict[str, int] = {}
         self.preemptions = 0
         self.discarded = 0  # tokens sampled for requests that had ended
+        self.reuse = reuse
+        self.looked_up = 0  # tokens of requests when they were let in
+        self.reused = 0  # of those, tokens whose keys and values were there
         self._outputs: list[GenerationOutput] = []
-        self._released: list[np.ndarray] = []
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -103,11 +115,6 @@ class Scheduler:
         outputs, self._outputs = self._outputs, []
         return outputs
 
-    def take_released(self) -> list[np.ndarray]:
-        """Pages given back since the last call, for whoever poisons them."""
-        released, self._released = self._released, []
-        return released
-
     def check_books(self) -> None:
         """When nothing runs, nothing may be held. Raises `RuntimeError` with what is."""
         held = {
@@ -134,8 +141,10 @@ class Scheduler:
         starts = r.computed[rows]
         ends = starts + counts
         samples = ends >= r.prefill[rows]
-        cells, pages = self._new_cells(rows, starts, ends, len(decoding))
+        cells, pages = self._new_cells(rows, starts, ends, len(decoding), set(fresh))
         r.computed[rows] = ends
+        for row, _ in chunks:  # later steps find the pages written
+            self._note_full_pages(row)
         r.total[rows] += samples
         r.in_flight[rows] += 1
         return Plan(
@@ -193,12 +202,14 @@ class Scheduler:
         r = self.rows
         chunks: list[tuple[int, int]] = []
         fresh: list[int] = []
+        spare = SPARE_CELLS
         while budget > 0:
             if len(chunks) == len(self.prefilling):
-                row = self._admit() if len(fresh) < MOST_FRESH else None
+                row = self._admit(spare) if len(fresh) < MOST_FRESH else None
                 if row is None:
                     break
                 fresh.append(row)
+                spare -= int(r.computed[row]) // self.pages.page_size
             row = self.prefilling[len(chunks)]
             count = min(int(r.prefill[row] - r.computed[row]), budget)
             chunks.append((row, count))
@@ -208,8 +219,10 @@ class Scheduler:
                 self.prefilling.popleft()
         return chunks, fresh
 
-    def _admit(self) -> int | None:
-        """Give the oldest waiting request a row and pages for all its tokens so far, if there is room."""
+    def _admit(self, most_found: int) -> int | None:
+        """Give the oldest waiting request a row and pages for all its tokens so far, if there is room; at most
+        `most_found` of them pages that hold them already. At least the last token is computed, whose logits are
+        wanted."""
         r = self.rows
         while self.waiting and r.free:
             request = self.waiting[0][1]
@@ -227,11 +240,20 @@ class Scheduler:
                     f"tokens, the cache has {room} for one request",
                 )
                 continue
-            if not self._leaves_room(self.pages.free - needed):
+            found = np.empty(0, np.int32)
+            if self.reuse:
+                extend_keys(request.page_keys, request.tokens, self.pages.page_size)
+                found = self.pages.find(request.page_keys[: min(most_found, (tokens - 1) // self.pages.page_size)])
+            if not self._leaves_room(self.pages.free - (needed - len(found))):
+                self.pages.give_back(found)
                 return None
             row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
-            r.pages[row, :needed] = self.pages.take(needed)
+            r.pages[row, :needed] = np.concatenate([found, self.pages.take(needed - len(found))])
             r.page_count[row] = needed
+            r.full_pages[row] = len(found)
+            r.computed[row] = len(found) * self.pages.page_size
+            self.looked_up += tokens
+            self.reused += int(r.computed[row])
             heapq.heappop(self.waiting)
             self.row_of[request.id] = row
             self.prefilling.append(row)
@@ -247,16 +269,31 @@ class Scheduler:
         growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
         return free >= max(growing, self.reserve if growing else 0)
 
+    def _note_full_pages(self, row: int) -> None:
+        """Let others find the pages of a row that are full of tokens whose values are known."""
+        if not self.reuse:
+            return
+        r, request = self.rows, self.rows.request[row]
+        known = int(r.known[row])
+        full = min(known, int(r.computed[row])) // self.pages.page_size
+        if full > r.full_pages[row]:
+            extend_keys(request.page_keys, r.tokens[row, :known], self.pages.page_size)
+            for i in range(int(r.full_pages[row]), full):
+                self.pages.fill(int(r.pages[row, i]), request.page_keys[i])
+            r.full_pages[row] = full
+
     def _new_cells(
-        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int
+        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int, fresh: set[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of the device's flat page table that the tokens of this step touch first, and their pages."""
+        """Entries of the device's flat page table that the tokens of this step touch first, and their pages; of
+        `fresh` rows, those of pages found as well."""
         r, page_size = self.rows, self.pages.page_size
         columns = r.pages.shape[1]
         opens = starts[:decodes] % page_size == 0
         cells = [rows[:decodes][opens] * columns + starts[:decodes][opens] // page_size]
         for row, start, end in zip(rows[decodes:], starts[decodes:], ends[decodes:], strict=True):
-            cells.append(np.arange(-(-start // page_size), -(-end // page_size)) + row * columns)
+            first = 0 if row in fresh else -(-start // page_size)
+            cells.append(np.arange(first, -(-end // page_size)) + row * columns)
         flat = np.concatenate(cells)
         return flat, r.pages.reshape(-1)[flat]
 
@@ -307,13 +344,12 @@ class Scheduler:
     def _release(self, row: int) -> None:
         """Nothing in flight reads the row any more: its pages and the row itself are free."""
         r = self.rows
+        self._note_full_pages(row)
         if r.phase[row] == Phase.PREEMPTED:
             request = r.save(row)
             del self.row_of[request.id]
             self.add(request)
-        pages = r.pages[row, : r.page_count[row]].copy()
-        self.pages.give_back(pages)
-        self._released.append(pages)
+        self.pages.give_back(r.pages[row, : r.page_count[row]].copy())
         r.page_count[row] = 0
         r.give_back(row)
 

@@ -184,6 +184,7 @@ class EngineSettings(NamedTuple):
     compiled: bool
     graphs: bool
     logprobs: bool
+    reuse: bool
     overlap: bool
     debug: bool
 
@@ -272,6 +273,7 @@ def resolve_engine(
         compiled=cuda if own.compile_layers is None else own.compile_layers,
         graphs=cuda and backend != "reference" and graphs not in (False, (False, False)),
         logprobs=batching.return_logprobs,
+        reuse=batching.allow_block_sharing,
         overlap=own.overlap and batching.use_async_batching is not False,
         debug=own.debug,
     )

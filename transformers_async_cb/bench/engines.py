@@ -26,7 +26,8 @@ Generate = Callable[[list[list[int]], list[int]], list[list[int]]]
 def ours(
     model: PreTrainedModel, workload: Workload, batch_size: int, overlap: bool
 ) -> AbstractContextManager[Generate]:
-    return _batched(model, async_batching=AsyncBatchingConfig(overlap=overlap))
+    config = ContinuousBatchingConfig(allow_block_sharing=False)  # or later runs would find the prompts of the first
+    return _batched(model, async_batching=AsyncBatchingConfig(overlap=overlap), continuous_batching_config=config)
 
 
 def theirs(
@@ -35,7 +36,9 @@ def theirs(
     """transformers' own batching. Its cache takes nearly all the memory there is, which only a GPU has ready at once:
     elsewhere it gets a twentieth."""
     share = None if model.device.type == "cuda" else 0.05
-    config = ContinuousBatchingConfig(use_async_batching=use_async, max_memory_percent=share)
+    config = ContinuousBatchingConfig(
+        use_async_batching=use_async, max_memory_percent=share, allow_block_sharing=False
+    )
     return _batched(model, continuous_batching_config=config)
 
 

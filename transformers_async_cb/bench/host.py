@@ -75,7 +75,7 @@ def busy_thread() -> Generator[None]:
 def _manager(rows: int, token_budget: int, new_tokens: int) -> AsyncBatchingManager:
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
     batching = ContinuousBatchingConfig(
-        max_requests_per_batch=rows, max_batch_tokens=token_budget, max_memory_percent=0.9
+        max_requests_per_batch=rows, max_batch_tokens=token_budget, max_memory_percent=0.9, allow_block_sharing=False
     )
     return load("tiny", "cpu", torch.float32).init_continuous_batching(config, batching, async_batching=True)
 

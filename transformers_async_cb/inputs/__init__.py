@@ -15,6 +15,9 @@ from ..sampling import PARAMETER_WORDS
 # Parts that the keys of one sequence may be cut into, to be looked at side by side.
 MOST_PARTS = 32
 
+# Pages that the requests which begin with a step may find filled, all together.
+SPARE_CELLS = 2048
+
 
 class StepArrays(NamedTuple):
     """The packed int32 inputs of a step, as views of one buffer: numpy on the host, torch on the device."""
@@ -54,7 +57,7 @@ class Bucket(NamedTuple):
     def sizes(self, page_size: int, programs: int) -> tuple[int, ...]:
         """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages; `programs` as for
         `share_out`."""
-        cells = self.rows if self.decode_only else self.rows + self.tokens // page_size
+        cells = self.rows if self.decode_only else self.rows + self.tokens // page_size + SPARE_CELLS
         fresh = 0 if self.decode_only else self.rows
         t, r = self.tokens, self.rows
         return (t, t, t, r, r + 1, r, 2, r + programs, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
