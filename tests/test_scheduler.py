@@ -21,11 +21,9 @@ VOCABULARY = 40
 DEPTH = pytest.mark.parametrize("depth", [1, 2], ids=["in turn", "overlap"])
 
 
-def new_request(
-    arrival: int, prompt: int, limit: int, eos_ids: tuple[int, ...] = (), streaming: bool = False
-) -> Request:
+def new_request(arrival: int, prompt: int, limit: int, eos_ids: tuple[int, ...] = (), **settings) -> Request:
     tokens = np.array([token_of(arrival, position) for position in range(prompt)], np.int32)
-    return Request(f"r{arrival}", tokens, prompt, limit, eos_ids=eos_ids, streaming=streaming, arrival=arrival)
+    return Request(f"r{arrival}", tokens, prompt, limit, eos_ids=eos_ids, arrival=arrival, **settings)
 
 
 def token_of(arrival: int, position: int) -> int:
@@ -143,16 +141,16 @@ class Simulation:
 
     # ------------------------------------------------------------------------------------------------ invariants
 
-    def running(self) -> dict[int, int]:
-        """Row by arrival of the requests that go on."""
+    def running(self) -> dict[tuple[int, int], int]:
+        """Row by place in line of the requests that go on."""
         r = self.rows
         rows = np.flatnonzero((r.phase == Phase.RUNNING) & (r.total < r.limit))
-        return dict(zip(r.arrival[rows].tolist(), rows.tolist(), strict=True))
+        return {(-r.priority[row], r.arrival[row]): row for row in rows.tolist()}
 
-    def check_preempted(self, before: dict[int, int]) -> None:
-        waiting = {arrival for arrival, _ in self.scheduler.waiting}
-        preempted = {a for a, row in before.items() if a in waiting or self.rows.phase[row] == Phase.PREEMPTED}
-        assert not preempted or min(before) not in preempted, "the oldest was preempted"
+    def check_preempted(self, before: dict[tuple[int, int], int]) -> None:
+        waiting = {place for place, _ in self.scheduler.waiting}
+        preempted = {p for p, row in before.items() if p in waiting or self.rows.phase[row] == Phase.PREEMPTED}
+        assert not preempted or min(before) not in preempted, "the first in line was preempted"
 
     def check_plan(self, plan: Plan) -> None:
         r, rows = self.rows, plan.rows
@@ -170,12 +168,12 @@ class Simulation:
         ends = plan.starts[plan.decodes :] + plan.counts[plan.decodes :]
         assert (ends <= r.prefill[prompts]).all()
         assert ((ends == r.prefill[prompts]) == plan.samples[plan.decodes :]).all()
-        assert (np.diff(r.arrival[prompts]) > 0).all(), "prompts go first come, first served"
-        assert (ends[:-1] == r.prefill[prompts[:-1]]).all(), "only the last prompt of a step may be cut"
+        assert (ends == r.prefill[prompts]).all() or plan.tokens == self.scheduler.token_budget, "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
         assert all(plan.starts[rows.tolist().index(row)] % self.pages.page_size == 0 for row in plan.fresh)
         if plan.fresh and self.scheduler.waiting:
-            assert max(r.arrival[plan.fresh]) < min(self.scheduler.waiting)[0], "an older request still waits"
+            fresh = max((-r.priority[row], r.arrival[row]) for row in plan.fresh)
+            assert fresh < min(self.scheduler.waiting)[0], "one that is before it in line still waits"
 
     def check_books(self) -> None:
         r = self.rows
@@ -205,7 +203,8 @@ def random_requests(rng: random.Random, count: int, longest: int, streaming: boo
         total = rng.randint(2, longest)
         prompt = rng.randint(1, total - 1)
         eos_ids = tuple(rng.sample(range(VOCABULARY), rng.choice((0, 1, 4))))
-        yield new_request(arrival, prompt, total - prompt, eos_ids, streaming)
+        priority = rng.choice((0, 0, 0, 1, 5))
+        yield new_request(arrival, prompt, total - prompt, eos_ids, streaming=streaming, priority=priority)
 
 
 @DEPTH
@@ -390,6 +389,63 @@ class TestPlans:
         simulation.run()
 
 
+class TestTheLine:
+    def test_is_left_by_priority_and_then_by_arrival(self) -> None:
+        simulation = Simulation(1, 40, 4, 1, 16, 40)
+        for arrival, priority in enumerate((0, 2, 0, 1, 2)):
+            simulation.add(new_request(arrival, 3, 3, priority=priority))
+        simulation.run()
+        assert list(simulation.results) == ["r1", "r4", "r3", "r0", "r2"]
+
+    def test_ends_with_the_lowest_priority_when_pages_run_out(self) -> None:
+        simulation = Simulation(2, 24, 1, 3, 16, 24)
+        simulation.add(*(new_request(i, 2, 20, priority=priority) for i, priority in enumerate((0, 7, 3))))
+        simulation.run()
+        assert simulation.scheduler.preemptions > 0
+        assert list(simulation.results) == ["r1", "r2", "r0"]
+        assert all(output.error is None for output in simulation.results.values())
+
+    def test_does_not_wait_for_a_long_prompt(self) -> None:
+        simulation = Simulation(1, 400, 1, 8, 20, 300)
+        simulation.add(new_request(0, 200, 2), *(new_request(arrival, 8, 2) for arrival in range(1, 5)))
+        simulation.turn()
+        assert simulation.plans[0].counts.tolist() == [10, 8, 2], "half of the budget is for those behind it"
+        simulation.run()
+        assert list(simulation.results)[-1] == "r0"
+
+    def test_gives_a_long_prompt_what_nobody_else_wants(self) -> None:
+        simulation = Simulation(1, 400, 1, 8, 20, 300)
+        simulation.add(new_request(0, 60, 2), new_request(1, 3, 2))
+        simulation.turn()
+        simulation.turn()
+        assert [plan.counts.tolist() for plan in simulation.plans] == [[17, 3], [1, 19]]
+
+    def test_is_left_by_who_is_late(self) -> None:
+        simulation = Simulation(2, 40, 4, 1, 16, 40)
+        simulation.add(
+            new_request(0, 3, 30, deadline=0), new_request(1, 3, 5), new_request(2, 3, 5, deadline=float("inf"))
+        )
+        late_in_the_end = new_request(3, 3, 30)
+        late_in_the_end.deadline = late_in_the_end.created_time + 3600
+        simulation.add(late_in_the_end)
+        simulation.run()
+        assert "r0 was not finished by its deadline" in simulation.results["r0"].error
+        assert [simulation.results[f"r{i}"].error for i in (1, 2, 3)] == [None] * 3
+
+    def test_is_left_late_by_who_is_running(self) -> None:
+        simulation = Simulation(2, 40, 4, 2, 16, 40)
+        request = new_request(0, 3, 30)
+        simulation.add(request, new_request(1, 3, 30))
+        for _ in range(5):
+            simulation.turn()
+        request.deadline = simulation.rows.deadline[simulation.scheduler.row_of["r0"]] = request.created_time
+        simulation.scheduler._next_deadline = request.deadline
+        simulation.run()
+        assert simulation.results["r0"].error == "request r0 was not finished by its deadline, 0 s"
+        assert 0 < len(simulation.results["r0"].generated_tokens) < 30
+        assert simulation.results["r1"].generated_tokens == answer_of(simulation.requests["r1"])
+
+
 class TestPagesThatHoldABeginning:
     def run_alike(self, page_size: int = 4, pages: int = 100, reuse: bool = True) -> Simulation:
         """Three requests of which the second and third begin with the prompt of the first, one after another."""
@@ -420,10 +476,10 @@ class TestPagesThatHoldABeginning:
         assert simulation.scheduler.reused == before
 
     def test_are_shared_by_requests_that_run_together(self) -> None:
-        simulation = Simulation(2, 100, 4, 4, 24, 40)  # the budget lets one prompt in at a time
-        simulation.add(new_request(3, 24, 6), new_request(6, 24, 6))
+        simulation = Simulation(2, 100, 4, 4, 24, 40)
+        simulation.add(new_request(3, 24, 6))
         simulation.turn()
-        simulation.turn()
+        simulation.add(new_request(6, 24, 6))
         simulation.turn()
         assert (simulation.pages._holders == 2).sum() == 19 // 4
         simulation.run()

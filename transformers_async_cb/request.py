@@ -38,6 +38,8 @@ class Request:
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
+    priority: int = 0
+    deadline: float = float("inf")  # of `time.perf_counter`; then it ends, finished or not
     page_keys: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, as far as they were needed
     created_time: float = field(default_factory=time.perf_counter)
     status: RequestStatus = RequestStatus.PENDING
@@ -103,6 +105,8 @@ class Rows:
         self.count = count
         self.phase = np.zeros(count, np.int8)
         self.arrival = np.zeros(count, np.int64)
+        self.priority = np.zeros(count, np.int64)
+        self.deadline = np.full(count, np.inf)
         self.prefill = np.zeros(count, np.int64)  # tokens to compute before the first sample
         self.computed = np.zeros(count, np.int64)
         self.known = np.zeros(count, np.int64)
@@ -134,6 +138,8 @@ class Rows:
         self.request[row] = request
         self.phase[row] = Phase.RUNNING
         self.arrival[row] = request.arrival
+        self.priority[row] = request.priority
+        self.deadline[row] = request.deadline
         self.prefill[row] = self.known[row] = self.total[row] = known
         self.computed[row] = self.page_count[row] = self.full_pages[row] = self.in_flight[row] = 0
         self.limit[row] = limit

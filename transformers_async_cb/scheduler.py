@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import deque
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +39,12 @@ class Plan(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served: decode first, then prompts in chunks, then new requests, under a token budget.
+    """Decode first, then prompts in chunks, then new requests, under a token budget; the highest priority first, and
+    within one, first come, first served.
 
-    A request is admitted when all its tokens so far have pages. When a decoding row finds no page, the youngest is
-    preempted: it gives its pages back after its last step and is computed again later. The oldest is never preempted,
+    A request is admitted when all its tokens so far have pages. A prompt takes at most half of a step's budget while
+    others want some of it, so that a long one holds nobody up. When a decoding row finds no page, the last in line is
+    preempted: it gives its pages back after its last step and is computed again later. The first is never preempted,
     so a pool that fits one request finishes them all.
 
     Args:
@@ -68,9 +69,10 @@ class Scheduler:
         self.token_budget = token_budget
         self.max_tokens = max_tokens
         self.reserve = int(reserve * pages.count)
-        self.waiting: list[tuple[int, Request]] = []  # heap by arrival
-        self.prefilling: deque[int] = deque()  # rows, by arrival
+        self.waiting: list[tuple[tuple[int, int], Request]] = []  # heap by place in line
+        self.prefilling: list[int] = []  # rows, in the order they were let in
         self.row_of: dict[str, int] = {}
+        self._next_deadline = np.inf  # no request is late before
         self.preemptions = 0
         self.discarded = 0  # tokens sampled for requests that had ended
         self.reuse = reuse
@@ -81,7 +83,8 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
-        heapq.heappush(self.waiting, (request.arrival, request))
+        heapq.heappush(self.waiting, ((-request.priority, request.arrival), request))
+        self._next_deadline = min(self._next_deadline, request.deadline)
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request now, wherever it is. One that has ended already stays as it is."""
@@ -130,6 +133,7 @@ class Scheduler:
 
     def plan(self) -> Plan | None:
         """The next step, or `None` when nothing can run before a step retires or a request comes."""
+        self._end_what_is_late(time.perf_counter())
         decoding = self._decoding_rows()
         chunks, fresh = self._chunks(self.token_budget - len(decoding))
         if not len(decoding) and not chunks:
@@ -152,6 +156,28 @@ class Scheduler:
             bool(r.sampled[rows].any()), bool(r.filtered[rows].any()),
         )  # fmt: skip
 
+    def _end_what_is_late(self, now: float) -> None:
+        if now < self._next_deadline:
+            return
+        r, still = self.rows, np.inf
+        for row in np.flatnonzero((r.phase == Phase.RUNNING) & (r.deadline < np.inf)).tolist():
+            if r.deadline[row] <= now:
+                self._end(row, self._lateness(r.request[row]))
+            else:
+                still = min(still, r.deadline[row])
+        for _, request in self.waiting:
+            if request.finished_time >= 0:
+                continue
+            if request.deadline <= now:
+                self._refuse(request, self._lateness(request))
+            else:
+                still = min(still, request.deadline)
+        self._next_deadline = still
+
+    @staticmethod
+    def _lateness(request: Request) -> str:
+        return f"request {request.id} was not finished by its deadline, {request.deadline - request.created_time:g} s"
+
     def _decoding_rows(self) -> np.ndarray:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
         r, page_size = self.rows, self.pages.page_size
@@ -162,8 +188,8 @@ class Scheduler:
             if short <= 0:
                 break
             if not self._make_room(short):
-                needy = needy[np.argsort(r.arrival[needy])]
-                ready = np.setdiff1d(ready, needy[self.pages.free :])  # the younger ones skip this step
+                needy = self._in_line(needy)
+                ready = np.setdiff1d(ready, needy[self.pages.free :])  # the later ones skip this step
                 needy = needy[: self.pages.free]
                 break
         r.pages[needy, r.page_count[needy]] = self.pages.take(len(needy))
@@ -171,7 +197,7 @@ class Scheduler:
         return ready
 
     def _make_room(self, short: int) -> bool:
-        """Preempt the youngest row for a shortage of `short` pages. `False`: enough pages are on their way back."""
+        """Preempt the last row in line for a shortage of `short` pages. `False`: enough are on their way back."""
         r = self.rows
         done = (r.phase >= Phase.PREEMPTED) | ((r.phase == Phase.RUNNING) & (r.total >= r.limit))
         coming = int(r.page_count[done].sum())
@@ -189,7 +215,7 @@ class Scheduler:
                 f"{r.total[row]}, the cache has {self.pages.count}",
             )
             return True
-        row = int(candidates[np.argmax(r.arrival[candidates])])
+        row = int(self._in_line(candidates)[-1])
         self.preemptions += 1
         r.phase[row] = Phase.PREEMPTED
         self._forget_prefill(row)
@@ -200,27 +226,34 @@ class Scheduler:
     def _chunks(self, budget: int) -> tuple[list[tuple[int, int]], list[int]]:
         """`(row, tokens)` of the prompts that go on or begin in this step, and the rows that begin."""
         r = self.rows
-        chunks: list[tuple[int, int]] = []
+        counts: list[int] = []
         fresh: list[int] = []
-        spare = SPARE_CELLS
-        while budget > 0:
-            if len(chunks) == len(self.prefilling):
+        spare, share, left = SPARE_CELLS, max(1, budget // 2), budget
+        while left > 0:
+            if len(counts) == len(self.prefilling):
                 row = self._admit(spare) if len(fresh) < MOST_FRESH else None
                 if row is None:
                     break
                 fresh.append(row)
                 spare -= int(r.computed[row]) // self.pages.page_size
-            row = self.prefilling[len(chunks)]
-            count = min(int(r.prefill[row] - r.computed[row]), budget)
-            chunks.append((row, count))
-            budget -= count
-        for row, count in chunks:
-            if r.computed[row] + count == r.prefill[row]:
-                self.prefilling.popleft()
+            row = self.prefilling[len(counts)]
+            counts.append(min(int(r.prefill[row] - r.computed[row]), share, left))
+            left -= counts[-1]
+        chunks = []
+        for row, count in zip(self.prefilling, counts, strict=False):  # what nobody else wants
+            more = min(int(r.prefill[row] - r.computed[row]) - count, left)
+            left -= more
+            chunks.append((row, count + more))
+        done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
+        self.prefilling = [row for row in self.prefilling if row not in done]
         return chunks, fresh
 
+    def _in_line(self, rows: np.ndarray) -> np.ndarray:
+        """The rows by priority, the highest first, and by arrival."""
+        return rows[np.lexsort((self.rows.arrival[rows], -self.rows.priority[rows]))]
+
     def _admit(self, most_found: int) -> int | None:
-        """Give the oldest waiting request a row and pages for all its tokens so far, if there is room; at most
+        """Give the first request in line a row and pages for all its tokens so far, if there is room; at most
         `most_found` of them pages that hold them already. At least the last token is computed, whose logits are
         wanted."""
         r = self.rows
