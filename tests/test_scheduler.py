@@ -485,6 +485,24 @@ class TestPagesThatHoldABeginning:
         simulation.run()
         assert simulation.scheduler.reused == 16
 
+    def test_are_waited_for_while_another_computes_them(self) -> None:
+        simulation = Simulation(2, 100, 1, 8, 100, 40)
+        simulation.add(*(new_request(arrival, 24, 3) for arrival in (3, 6, 9, 12)))  # 21, 19, 17, 15 tokens alike
+        simulation.turn()
+        assert simulation.plans[0].tokens == 24
+        simulation.turn()
+        assert simulation.plans[1].tokens == 1 + (24 - 19) + (24 - 17) + (24 - 15)
+        simulation.run()
+        assert simulation.scheduler.reused == 19 + 17 + 15
+        for request_id, request in simulation.requests.items():
+            assert simulation.results[request_id].generated_tokens == answer_of(request)
+
+    def test_are_not_waited_for_when_they_are_few(self) -> None:
+        simulation = Simulation(2, 100, 8, 8, 100, 40)
+        simulation.add(new_request(3, 24, 3), new_request(6, 24, 3))
+        simulation.turn()
+        assert simulation.plans[0].tokens == 48
+
     def test_leave_the_last_token_to_compute(self) -> None:
         simulation = Simulation(1, 100, 4, 4, 64, 40)
         for arrival in (3, 6):

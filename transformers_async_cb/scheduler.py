@@ -15,6 +15,9 @@ from .pages import Pages, extend_keys
 from .request import Phase, Request, Rows
 
 
+# Pages that a request waits for, if another is computing them: fewer it computes itself.
+WORTH_WAITING = 4
+
 # Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
 MOST_FRESH = 256
 
@@ -229,12 +232,14 @@ class Scheduler:
         counts: list[int] = []
         fresh: list[int] = []
         spare, share, left = SPARE_CELLS, max(1, budget // 2), budget
+        coming = {key for row in self.prefilling for key in r.request[row].page_keys[r.full_pages[row] :]}
         while left > 0:
             if len(counts) == len(self.prefilling):
-                row = self._admit(spare) if len(fresh) < MOST_FRESH else None
+                row = self._admit(spare, coming) if len(fresh) < MOST_FRESH else None
                 if row is None:
                     break
                 fresh.append(row)
+                coming.update(r.request[row].page_keys)
                 spare -= int(r.computed[row]) // self.pages.page_size
             row = self.prefilling[len(counts)]
             counts.append(min(int(r.prefill[row] - r.computed[row]), share, left))
@@ -252,10 +257,10 @@ class Scheduler:
         """The rows by priority, the highest first, and by arrival."""
         return rows[np.lexsort((self.rows.arrival[rows], -self.rows.priority[rows]))]
 
-    def _admit(self, most_found: int) -> int | None:
+    def _admit(self, most_found: int, coming: set[bytes]) -> int | None:
         """Give the first request in line a row and pages for all its tokens so far, if there is room; at most
         `most_found` of them pages that hold them already. At least the last token is computed, whose logits are
-        wanted."""
+        wanted. If the next of its pages are `coming`, the line waits for them."""
         r = self.rows
         while self.waiting and r.free:
             request = self.waiting[0][1]
@@ -276,7 +281,12 @@ class Scheduler:
             found = np.empty(0, np.int32)
             if self.reuse:
                 extend_keys(request.page_keys, request.tokens, self.pages.page_size)
-                found = self.pages.find(request.page_keys[: min(most_found, (tokens - 1) // self.pages.page_size)])
+                keys = request.page_keys[: min(most_found, (tokens - 1) // self.pages.page_size)]
+                found = self.pages.find(keys)
+                wanted = keys[len(found) : len(found) + WORTH_WAITING]
+                if len(wanted) == WORTH_WAITING and coming.issuperset(wanted):
+                    self.pages.give_back(found)
+                    return None
             if not self._leaves_room(self.pages.free - (needed - len(found))):
                 self.pages.give_back(found)
                 return None
