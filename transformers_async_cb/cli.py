@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -72,6 +73,10 @@ def main(arguments: list[str] | None = None) -> None:
         help="an engine whose first run takes longer than so many seconds is not run again (default: 60)",
     )  # fmt: skip
     bench_parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    bench_parser.add_argument(
+        "--kernels", type=_positive, default=0, metavar="N",
+        help="profile one more run, and show the N kernels that take longest (CUDA only)",
+    )  # fmt: skip
     bench_parser.add_argument(
         "--plot", type=_picture, metavar="FILE", help="and a picture of them there (png, svg, pdf)"
     )
@@ -206,6 +211,8 @@ def run_bench(options: argparse.Namespace) -> None:
     console = Console()
     if options.workload == "host":
         return _bench_host(options, console)
+    if options.kernels and not options.device.startswith("cuda"):
+        sys.exit(f"--kernels shows what a CUDA device does, the benchmark runs on {options.device}")
     dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     model = _load(options, dtype, console)
     own = {name: getattr(options, name) for name in bench.Workload._fields if getattr(options, name) is not None}
@@ -234,6 +241,9 @@ def run_bench(options: argparse.Namespace) -> None:
         if options.plot:
             picture.draw(options.plot, record)
     console.print(_bench_table(record, model.device.type))
+    for result in record["results"]:
+        if result.get("kernels"):
+            console.print(_kernel_table(result, options.kernels))
     failed = [result for result in record["results"] if "error" in result]
     for result in failed:
         console.print(f"{result['engine']} failed: {result['error']}", markup=False)
@@ -245,12 +255,40 @@ def _bench_engine(
     engine: str, model: PreTrainedModel, workload: bench.Workload, limit: float | None, options: argparse.Namespace
 ) -> dict:
     try:
-        result = bench.measure(model, engine, workload, options.repeats, options.patience, options.batch_size)
+        result = bench.measure(
+            model, engine, workload, options.repeats, options.patience, options.batch_size, bool(options.kernels)
+        )
     except (RuntimeError, ValueError) as error:
         return {"engine": engine, "error": f"{type(error).__name__}: {error}"}
     speed = result.tokens_per_second
     of_limit = None if limit is None else limit * speed / result.tokens
-    return result._asdict() | {"tokens_per_second": speed, "of_limit": of_limit}
+    record = result._asdict() | {"tokens_per_second": speed, "of_limit": of_limit}
+    if (times := result.kernels) is not None:
+        record["kernels"] = [kernel._asdict() for kernel in times.kernels]
+        record |= {"kernels_busy": times.busy, "kernels_ms": times.ms}
+    return record
+
+
+def _kernel_table(result: dict, most: int) -> Table:
+    """The kernels that take longest, of a step where the number of steps is known."""
+    steps = result["steps"] or 1
+    each = "a step" if result["steps"] else "a run"
+    table = Table(
+        title=f"{result['engine']}: kernels of one more run, profiled",
+        caption=f"{result['kernels_ms'] / steps:.3f} ms {each} from the first to the last, "
+        f"in {result['kernels_busy']:.1%} of which one ran",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    for heading in (f"ms\n{each}", "share", f"calls\n{each}"):
+        table.add_column(heading, justify="right", no_wrap=True, min_width=8)
+    table.add_column("kernel", no_wrap=True)
+    for kernel in result["kernels"][:most]:
+        table.add_row(
+            f"{kernel['ms'] / steps:.3f}", f"{kernel['share']:.1%}", f"{kernel['calls'] / steps:.1f}",
+            escape(kernel["name"]),
+        )  # fmt: skip
+    return table
 
 
 def _bench_table(record: dict, device: str) -> Table:

@@ -19,13 +19,14 @@ from ..manager import CACHED
 from ..recorder import Recorder, StepTimes
 from .engines import ENGINES, missing
 from .host import HOST_SIZES, measure_admission, measure_host
+from .kernels import KernelTimes, record, summarize
 from .limit import ModelCost, Rates, least_seconds, limit_seconds, measure_rates
 from .workload import WORKLOADS, Workload
 
 
 __all__ = [
-    "ENGINES", "HOST_SIZES", "WORKLOADS", "ModelCost", "Rates", "Result", "Workload", "environment", "least_seconds",
-    "limit_seconds", "measure", "measure_admission", "measure_host", "measure_rates", "missing",
+    "ENGINES", "HOST_SIZES", "WORKLOADS", "KernelTimes", "ModelCost", "Rates", "Result", "Workload", "environment",
+    "least_seconds", "limit_seconds", "measure", "measure_admission", "measure_host", "measure_rates", "missing",
 ]  # fmt: skip
 
 
@@ -45,6 +46,7 @@ class Result(NamedTuple):
     host_ms: float | None = None  # the host's work for a step, median
     host_mean_ms: float | None = None
     gpu_active: float | None = None  # share of the time from the first step to the last that was inside steps
+    kernels: KernelTimes | None = None  # of one more run, if asked for
 
     @property
     def tokens_per_second(self) -> float:
@@ -58,9 +60,11 @@ def measure(
     repeats: int,
     patience: float = math.inf,
     batch_size: int = 64,
+    kernels: bool = False,
 ) -> Result:
     """Run a workload `1 + repeats` times on one engine; the first run, which also warms up, is not measured, unless it
-    stays the only one: because no more are asked for, or because it takes longer than `patience` seconds.
+    stays the only one: because no more are asked for, or because it takes longer than `patience` seconds. With
+    `kernels`, one more run on a CUDA device is profiled.
 
     Raises:
         RuntimeError: a request failed, or got another number of tokens than it asked for.
@@ -92,17 +96,18 @@ def measure(
             if seconds[0] > patience:
                 break
         recompiled = _compilations() - compiled
+        kernel_times = summarize(record(lambda: generate(prompts, limits))) if kernels else None
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda and engine != "vllm" else None  # that has its own process
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
     measured = seconds[1:] or seconds
     warmup = max(0.0, starting + seconds[0] - statistics.median(measured))
-    result = Result(engine, sum(limits), measured, warmup, peak, recompiled)
+    result = Result(engine, sum(limits), measured, warmup, peak, recompiled, kernels=kernel_times)
     if not recordings:
         return result
     steps, *times = (statistics.median(values) for values in zip(*recordings, strict=True))
-    return result._replace(steps=round(steps), **dict(zip(Result._fields[7:], times, strict=True)))
+    return result._replace(steps=round(steps), **dict(zip(Result._fields[7:-1], times, strict=True)))
 
 
 def _loop_of(model: PreTrainedModel) -> Engine | None:
