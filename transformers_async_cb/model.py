@@ -248,15 +248,18 @@ class ModelLoan:
     @torch.no_grad()
     def weights(self) -> tuple:
         """A digest of all weights, to tell whether they have changed. Reads them twice, which takes a GPU some
-        milliseconds. Counters that autograd keeps do not tell: writing through `.data` passes them by."""
-        sums, products = [], []
+        milliseconds. Counters that autograd keeps do not tell: writing through `.data` passes them by. Weights of a
+        kind of their own (quantised ones) are taken to have changed."""
+        device, sums, products = self.model.device, [], []
         for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if type(tensor) not in (torch.Tensor, nn.Parameter):
+                return (object(),)
             if tensor.numel():
                 lines = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
-                sums.append(lines.view(_INTEGERS[lines.itemsize]).sum(dtype=torch.int64))  # sees every bit
-                if lines.is_floating_point():  # sees the order
+                sums.append(lines.view(_INTEGERS[lines.itemsize]).sum(dtype=torch.int64).to(device))  # sees every bit
+                if lines.dtype in (torch.float32, torch.bfloat16, torch.float16):  # sees the order
                     across, down = (torch.arange(n, device=lines.device).cos() for n in reversed(lines.shape))
-                    products.append((lines @ across.to(lines.dtype)).double() @ down.double())
+                    products.append(((lines @ across.to(lines.dtype)).double() @ down.double()).to(device))
         return tuple(torch.stack(values).tolist() if values else None for values in (sums, products))
 
     def form(self) -> list[tuple]:
