@@ -48,7 +48,7 @@ BAD_PROMPTS = [
 BAD_LIMITS = [0, -1, 2.5, "7", True, [3], float("inf")]
 
 UNSUPPORTED_SETTINGS = [
-    {"num_beams": 2}, {"repetition_penalty": 1.2}, {"stop_strings": ["end"]}, {"no_repeat_ngram_size": 2},
+    {"num_beams": 2}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2},
     {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}, {"min_length": 9}, {"forced_eos_token_id": 3},
     {"forced_bos_token_id": 3}, {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]},
     {"sequence_bias": {(1,): -1.0}}, {"encoder_repetition_penalty": 1.5}, {"guidance_scale": 2.0},

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .model import ModelLoan
 from .request import Request, Sampling
-from .settings import GenerationSettings, check_max_new_tokens, eos_ids
+from .settings import GenerationSettings, check_max_new_tokens, check_stop_strings, eos_ids
+from .stop_strings import StopStrings, TokenTexts
 
 
 class Door:
@@ -27,6 +29,8 @@ class Door:
 
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
         self.generation: GenerationSettings | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
         self._vocabulary = loan.vocabulary
         self._learned_positions = loan.learned_positions()
         self._stated_positions = loan.stated_positions
@@ -34,6 +38,12 @@ class Door:
         self._counter = 0
         self._arrivals = 0
         self.live: dict[str, Request] = {}  # let in, and without a final result
+
+    def configure(self, generation: GenerationSettings, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Take the settings of the requests that come from now on."""
+        self.generation = generation
+        self._tokenizer = tokenizer
+        self._stop_strings("generation_config", generation.stop_strings)
 
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
@@ -52,6 +62,7 @@ class Door:
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
+        stop_strings: str | list[str] | None = None,
         **per_request: Any,
     ) -> list[Request]:
         """The requests, of which none is let in yet.
@@ -80,6 +91,7 @@ class Door:
                     max_new_tokens=limit,
                     sampling=self._sampling(request_id),
                     eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
+                    stop_strings=self._stop_strings(name, stop_strings),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),
@@ -107,6 +119,23 @@ class Door:
         digest = hashlib.blake2b(f"{self._seed}:{request_id}".encode(), digest_size=8).digest()
         seed = int.from_bytes(digest, "little")
         return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)
+
+    def _stop_strings(self, name: str, strings: str | Iterable[str] | None) -> StopStrings | None:
+        """Those of one request: its own, or otherwise the call's."""
+        strings = self.generation.stop_strings if strings is None else check_stop_strings(strings, name)
+        if not strings:
+            return None
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{name}: stop_strings need the model's tokenizer: give it with the call or the manager, tokenizer=..."
+            )
+        if self._texts is None or not self._texts.are_of(self._tokenizer):
+            if any(request.stop_strings is not None for request in list(self.live.values())):
+                raise ValueError(
+                    f"{name}: requests with stop strings of another tokenizer have not ended, wait for their results"
+                )
+            self._texts = TokenTexts(self._tokenizer)
+        return StopStrings(strings, self._texts)
 
     def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""

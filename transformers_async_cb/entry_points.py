@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
@@ -26,9 +26,14 @@ def init_continuous_batching(
     workload_hints: Any = None,
     *,
     async_batching: bool | AsyncBatchingConfig = True,
-    overrides: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **overrides: Any,
 ) -> AsyncBatchingManager:
-    """A manager for `model`, not started; the persistent one if there is one and its settings are the same."""
+    """A manager for `model`, not started; the persistent one if there is one and its settings are the same.
+
+    Args are those of transformers' `init_continuous_batching`, and `tokenizer` as for `model.generate`; other keyword
+    arguments are generation settings.
+    """
     own = AsyncBatchingConfig.from_flag(async_batching)
     workload = workload_hints if isinstance(workload_hints, Workload) else Workload.from_hints(workload_hints)
     if continuous_batching_config is None:
@@ -37,13 +42,15 @@ def init_continuous_batching(
     if cached is not None and cached.is_running():
         raise RuntimeError("this model is generating already: stop the manager that has it first")
     if cached is None:
-        return AsyncBatchingManager(model, generation_config, continuous_batching_config, own, workload, overrides)
+        return AsyncBatchingManager(
+            model, generation_config, continuous_batching_config, own, workload, overrides, tokenizer
+        )
     if own != cached.async_config or continuous_batching_config not in (None, cached.continuous_batching_config):
         raise ValueError(
             "this model has a persistent manager with other settings: call "
             "model.destroy_cached_continuous_batching_manager() first"
         )
-    cached.take_up(generation_config, overrides, workload)
+    cached.take_up(generation_config, overrides, workload, tokenizer)
     return cached
 
 
@@ -59,12 +66,14 @@ def continuous_batching_context_manager(
     workload_hints: Any = None,
     *,
     async_batching: bool | AsyncBatchingConfig = True,
-    overrides: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **overrides: Any,
 ) -> Generator[AsyncBatchingManager]:
-    """A started manager; stopped at the end of the block, at once if that ends with an exception."""
+    """A started manager; stopped at the end of the block, at once if that ends with an exception. See
+    `init_continuous_batching`."""
     manager = init_continuous_batching(
         model, generation_config, continuous_batching_config, workload_hints,
-        async_batching=async_batching, overrides=overrides,
+        async_batching=async_batching, tokenizer=tokenizer, **overrides,
     )  # fmt: skip
     manager.start()
     try:
@@ -93,12 +102,13 @@ def generate_batch(
     warmup: bool = True,
     *,
     async_batching: bool | AsyncBatchingConfig = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
 
-    Args are those of transformers' `generate_batch`; other keyword arguments are generation settings, as for
-    `model.generate`.
+    Args are those of transformers' `generate_batch`, and `tokenizer` as for `model.generate`, which stop strings need;
+    other keyword arguments are generation settings, as for `model.generate`.
 
     Raises:
         ValueError: an input or a setting is not valid; nothing has run then.
@@ -110,7 +120,7 @@ def generate_batch(
     with nullcontext() if cached is None else cached.claimed():
         manager = init_continuous_batching(
             model, generation_config, continuous_batching_config, None, async_batching=async_batching,
-            overrides=overrides,
+            tokenizer=tokenizer, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
         request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
@@ -41,6 +41,7 @@ class AsyncBatchingManager:
         async_config (`AsyncBatchingConfig`, *optional*): settings of this engine alone.
         workload (`Workload`, *optional*): what is known of the requests, to size the cache.
         overrides (`dict`, *optional*): generation settings that go before `generation_config`'s.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings need it.
 
     Raises:
         ValueError: a setting or the model is not supported; the message says what and why.
@@ -54,6 +55,7 @@ class AsyncBatchingManager:
         async_config: AsyncBatchingConfig | None = None,
         workload: Workload | None = None,
         overrides: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.model = model
         self.continuous_batching_config = copy.deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
@@ -62,7 +64,7 @@ class AsyncBatchingManager:
         self.workload = workload or Workload()
         self._loan = ModelLoan(model)
         self._door = Door(self._loan, self.continuous_batching_config.seed)
-        self.configure(generation_config, overrides)
+        self.configure(generation_config, overrides, tokenizer)
         self._outbox = Outbox()
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
@@ -73,15 +75,24 @@ class AsyncBatchingManager:
         self._paused_here = threading.local()
         self.fatal_error: BaseException | None = None
 
-    def configure(self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None = None) -> None:
+    def configure(
+        self,
+        generation_config: GenerationConfig | None,
+        overrides: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        self._door.generation = resolve_generation(self.model, generation_config, overrides or {})
+        self._door.configure(resolve_generation(self.model, generation_config, overrides or {}), tokenizer)
 
     def take_up(
-        self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None, workload: Workload
+        self,
+        generation_config: GenerationConfig | None,
+        overrides: dict[str, Any] | None,
+        workload: Workload,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         """Begin another session of a manager that was kept. Results that nobody asked for are gone."""
-        self.configure(generation_config, overrides)
+        self.configure(generation_config, overrides, tokenizer)
         self.workload = workload
         self._outbox.clear()
 
@@ -276,6 +287,7 @@ class AsyncBatchingManager:
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
+        stop_strings: str | list[str] | None = None,
         **per_request: Any,
     ) -> str:
         """Add one request.
@@ -287,6 +299,8 @@ class AsyncBatchingManager:
             streaming (`bool`): deliver an output for each token, not only the last.
             record_timestamps (`bool`): note when each token came, in seconds of `time.perf_counter`.
             eos_token_id (`int` or `list[int]`, *optional*): the generation config's by default.
+            stop_strings (`str` or `list[str]`, *optional*): end the request with the token that completes one of them,
+                as `model.generate` does; the generation config's by default. They need the manager's `tokenizer`.
 
         Returns:
             The request's id.
@@ -298,8 +312,9 @@ class AsyncBatchingManager:
         with self._lock:
             request_ids = [request_id] if request_id is not None else self._door.names(1)
             requests = self._door.check(
-                request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, **per_request
-            )
+                request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, stop_strings,
+                **per_request,
+            )  # fmt: skip
             self._mailbox.post(*requests)
             self._door.let_in(requests)
         return request_ids[0]

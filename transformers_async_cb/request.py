@@ -11,6 +11,8 @@ import numpy as np
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .stop_strings import StopStrings, TokenTexts
+
 
 class Sampling(NamedTuple):
     """How a request picks its tokens: a `temperature` of 0 means greedy, a `top_k` of 0 and a `top_p` of 1 off."""
@@ -35,6 +37,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
+    stop_strings: StopStrings | None = None
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -112,6 +115,8 @@ class Rows:
         self.sampled = np.zeros(count, bool)  # not greedy
         self.filtered = np.zeros(count, bool)  # top-k or top-p
         self.eos = np.full((count, 1), -1, np.int32)
+        self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
+        self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
         self.page_count = np.zeros(count, np.int64)
         self.pages = np.zeros((count, columns), np.int32)
         self.tokens = np.zeros((count, 64), np.int32)
@@ -144,6 +149,10 @@ class Rows:
             self.eos = grown
         self.eos[row] = -1
         self.eos[row, : len(request.eos_ids)] = request.eos_ids
+        self.last_letters[row] = 0
+        if request.stop_strings is not None:
+            self.last_letters[row] = request.stop_strings.last_letters
+            self.texts = request.stop_strings.texts  # all running requests have the same
         self.tokens[row, :known] = request.tokens
         if self.logprobs is not None:
             self.logprobs[row, request.prompt_length : known] = request.logprobs

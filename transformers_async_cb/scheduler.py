@@ -270,22 +270,33 @@ class Scheduler:
         self.discarded += int(plan.samples.sum() - live.sum())
         rows, tokens = plan.rows[live], ids[live]
         r.append(rows, tokens, None if logprobs is None else logprobs[live], time.perf_counter())
-        ended = (r.known[rows] >= r.limit[rows]) | (r.eos[rows] == tokens[:, None]).any(1)
+        stopped = self._stopped(rows, tokens)
+        ended = stopped | (r.known[rows] >= r.limit[rows])
         for row in rows[r.streaming[rows] & ~ended]:
             request = r.save(row)
             request.status = RequestStatus.DECODING
             self._outputs.append(request.output())
-        for row in rows[ended]:
-            self._end(int(row), self._cut_short(int(row)))
+        for row, by_token in zip(rows[ended].tolist(), stopped[ended], strict=True):
+            self._end(row, None if by_token else self._cut_short(row))
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
         for row in drained:
             self._release(int(row))
+
+    def _stopped(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Which of `rows` end with their last token, whatever their limit: bool `[rows]`."""
+        r = self.rows
+        stopped = (r.eos[rows] == tokens[:, None]).any(1)
+        if r.texts is not None:
+            for i in np.flatnonzero((r.texts.letters(tokens) & r.last_letters[rows] != 0) & ~stopped):
+                row = rows[i]
+                stopped[i] = r.request[row].stop_strings.end(r.tokens[row, : r.known[row]])
+        return stopped
 
     def _cut_short(self, row: int) -> str | None:
         """Why a row that reached its limit got fewer tokens than it asked for, if it did."""
         r, request = self.rows, self.rows.request[row]
         known = int(r.known[row])
-        if known >= request.total_limit or r.tokens[row, known - 1] in request.eos_ids:
+        if known >= request.total_limit:
             return None
         return (
             f"request {request.id} reached the longest sequence there is room for, {self.max_tokens} positions, after "
