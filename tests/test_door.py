@@ -52,7 +52,7 @@ UNSUPPORTED_SETTINGS = [
     {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}, {"min_length": 9}, {"forced_eos_token_id": 3},
     {"forced_bos_token_id": 3}, {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]},
     {"sequence_bias": {(1,): -1.0}}, {"encoder_repetition_penalty": 1.5}, {"guidance_scale": 2.0},
-    {"exponential_decay_length_penalty": (5, 1.1)}, {"max_time": 1.0}, {"token_healing": True},
+    {"exponential_decay_length_penalty": (5, 1.1)}, {"token_healing": True},
     {"remove_invalid_values": True}, {"output_scores": True, "return_dict_in_generate": True},
     {"output_logits": True, "return_dict_in_generate": True},
     {"output_hidden_states": True, "return_dict_in_generate": True},

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .model import ModelLoan
 from .request import Request, Sampling
-from .settings import GenerationSettings, check_max_new_tokens, check_stop_strings, eos_ids
+from .settings import GenerationSettings, check_max_new_tokens, check_max_time, check_stop_strings, eos_ids
 from .stop_strings import StopStrings, TokenTexts
 
 
@@ -63,6 +63,7 @@ class Door:
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         stop_strings: str | list[str] | None = None,
+        max_time: float | None = None,
         **per_request: Any,
     ) -> list[Request]:
         """The requests, of which none is let in yet.
@@ -92,6 +93,7 @@ class Door:
                     sampling=self._sampling(request_id),
                     eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
                     stop_strings=self._stop_strings(name, stop_strings),
+                    max_time=self.generation.max_time if max_time is None else check_max_time(max_time, name),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),

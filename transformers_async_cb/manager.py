@@ -288,6 +288,7 @@ class AsyncBatchingManager:
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
         stop_strings: str | list[str] | None = None,
+        max_time: float | None = None,
         **per_request: Any,
     ) -> str:
         """Add one request.
@@ -301,6 +302,8 @@ class AsyncBatchingManager:
             eos_token_id (`int` or `list[int]`, *optional*): the generation config's by default.
             stop_strings (`str` or `list[str]`, *optional*): end the request with the token that completes one of them,
                 as `model.generate` does; the generation config's by default. They need the manager's `tokenizer`.
+            max_time (`float`, *optional*): end the request with the first token that comes so many seconds after its
+                computation began, which is after any wait for room; the generation config's by default.
 
         Returns:
             The request's id.
@@ -313,7 +316,7 @@ class AsyncBatchingManager:
             request_ids = [request_id] if request_id is not None else self._door.names(1)
             requests = self._door.check(
                 request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, stop_strings,
-                **per_request,
+                max_time, **per_request,
             )  # fmt: skip
             self._mailbox.post(*requests)
             self._door.let_in(requests)

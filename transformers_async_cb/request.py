@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -38,6 +39,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
     stop_strings: StopStrings | None = None
+    max_time: float = math.inf  # seconds from `started_time`
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -117,6 +119,7 @@ class Rows:
         self.eos = np.full((count, 1), -1, np.int32)
         self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
         self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
+        self.deadline = np.zeros(count, np.float64)  # the token that comes after it is the last, `time.perf_counter`
         self.page_count = np.zeros(count, np.int64)
         self.pages = np.zeros((count, columns), np.int32)
         self.tokens = np.zeros((count, 64), np.int32)
@@ -161,6 +164,7 @@ class Rows:
                 self.timestamps = np.zeros(self.tokens.shape, np.float64)
             self.timestamps[row, request.prompt_length : known] = request.timestamps
         request.start()
+        self.deadline[row] = request.started_time + request.max_time
         return row
 
     def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None, now: float) -> None:

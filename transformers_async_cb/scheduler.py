@@ -269,8 +269,9 @@ class Scheduler:
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
         self.discarded += int(plan.samples.sum() - live.sum())
         rows, tokens = plan.rows[live], ids[live]
-        r.append(rows, tokens, None if logprobs is None else logprobs[live], time.perf_counter())
-        stopped = self._stopped(rows, tokens)
+        now = time.perf_counter()
+        r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
+        stopped = self._stopped(rows, tokens, now)
         ended = stopped | (r.known[rows] >= r.limit[rows])
         for row in rows[r.streaming[rows] & ~ended]:
             request = r.save(row)
@@ -282,10 +283,10 @@ class Scheduler:
         for row in drained:
             self._release(int(row))
 
-    def _stopped(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def _stopped(self, rows: np.ndarray, tokens: np.ndarray, now: float) -> np.ndarray:
         """Which of `rows` end with their last token, whatever their limit: bool `[rows]`."""
         r = self.rows
-        stopped = (r.eos[rows] == tokens[:, None]).any(1)
+        stopped = (r.eos[rows] == tokens[:, None]).any(1) | (now > r.deadline[rows])
         if r.texts is not None:
             for i in np.flatnonzero((r.texts.letters(tokens) & r.last_letters[rows] != 0) & ~stopped):
                 row = rows[i]

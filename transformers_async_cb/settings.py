@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import psutil
@@ -22,7 +23,8 @@ PAGE_SIZE = 16
 
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
 _HONOURED = {
-    "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "do_sample", "temperature", "top_k", "top_p",
+    "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "max_time", "do_sample", "temperature", "top_k",
+    "top_p",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
@@ -65,6 +67,7 @@ class GenerationSettings(NamedTuple):
     max_length: int | None
     eos_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
+    max_time: float  # seconds
     temperature: float  # 0 is greedy
     top_k: int
     top_p: float
@@ -127,6 +130,7 @@ def resolve_generation(
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
+        max_time=check_max_time(merged.max_time, "generation_config"),
         temperature=temperature if do_sample else 0.0,
         top_k=min(top_k, 2**31 - 1),
         top_p=top_p,
@@ -157,6 +161,19 @@ def check_stop_strings(value: str | Iterable[str] | None, name: str) -> tuple[st
     if not isinstance(strings, (list, tuple, set)) or not all(isinstance(s, str) and s for s in strings):
         raise ValueError(f"{name}: stop_strings must be a string or a list of strings, none empty, got {value!r}")
     return tuple(strings)
+
+
+def check_max_time(value: float | None, name: str) -> float:
+    """Seconds, infinite for no limit.
+
+    Raises:
+        ValueError: not a number of seconds; the message starts with `name`.
+    """
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+        raise ValueError(f"{name}: max_time must be a number of seconds, 0 or more, got {value!r}")
+    return float(value)
 
 
 class Workload(NamedTuple):
