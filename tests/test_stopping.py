@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
+import torch
 from conftest import batching, greedy, random_prompts, reference
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -71,4 +74,123 @@ class TestMaxTime:
         manager = llama.init_continuous_batching(greedy(3), async_batching=True)
         with pytest.raises(ValueError, match=r"request odd: max_time must be a number of seconds, 0 or more"):
             manager.add_request(PROMPT, request_id="odd", max_time=seconds)
+        manager.destroy()
+
+
+class AtToken(StoppingCriteria):
+    """Ends with one of some tokens, once there are so many; remembers what it was asked."""
+
+    def __init__(self, tokens: set[int], least: int = 0) -> None:
+        self.tokens, self.least = tokens, least
+        self.seen: list[list[int]] = []
+        self.threads: set[str] = set()
+
+    def __call__(self, input_ids: torch.LongTensor, scores: None, **kwargs: object) -> torch.BoolTensor:
+        assert (input_ids.dtype, input_ids.shape[0], scores) == (torch.int64, 1, None)
+        self.seen.append(input_ids[0].tolist())
+        self.threads.add(threading.current_thread().name)
+        done = input_ids.shape[1] >= self.least and int(input_ids[0, -1]) in self.tokens
+        return torch.full((1,), done)
+
+
+def generates(model: PreTrainedModel, prompt: list[int], limit: int, *criteria: StoppingCriteria) -> list[int]:
+    ids = torch.tensor([prompt])
+    answer = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=greedy(limit),
+        stopping_criteria=StoppingCriteriaList(criteria),
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
+class TestCriteria:
+    @OVERLAP
+    @pytest.mark.parametrize("sizes", [{}, {"num_blocks": 50, "page_size": 1, "max_batch_tokens": 17}], ids=str)
+    def test_end_a_request_where_they_end_generate(self, llama, sizes: dict, overlap: bool) -> None:
+        prompts = random_prompts(16, longest=20, seed=2)
+        tokens = set(range(0, 97, 9))
+        expected = [generates(llama, p, 30, AtToken(tokens), AtToken({5}, 40)) for p in prompts]
+        assert sum(len(answer) < 30 for answer in expected) > 8
+        manager = llama.init_continuous_batching(
+            greedy(30),
+            continuous_batching_config=batching(**sizes),
+            stopping_criteria=StoppingCriteriaList([AtToken(tokens), AtToken({5}, 40)]),
+            async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
+        )
+        manager.add_requests(prompts)
+        manager.start()
+        engine = manager._engine
+        manager.stop()
+        outputs = {output.request_id: output for output in manager}
+        assert [outputs[f"req_{i}"].generated_tokens for i in range(16)] == expected
+        assert {output.error for output in outputs.values()} == {None}
+        assert (engine.scheduler.preemptions > 0) == bool(sizes)
+        engine.scheduler.check_books()
+
+    def test_are_asked_after_each_token_on_the_engines_thread(self, llama) -> None:
+        criterion = AtToken(set())
+        output = llama.generate_batch([PROMPT], greedy(5), stopping_criteria=[criterion], async_batching=True)["req_0"]
+        answer = output.generated_tokens
+        assert answer == reference(llama, PROMPT, greedy(5))
+        assert criterion.seen == [PROMPT + answer[: n + 1] for n in range(5)]
+        assert criterion.threads == {"async-batching"}
+
+    def test_of_a_request_go_before_the_calls_and_leave_the_others_alone(self, llama) -> None:
+        whole = reference(llama, PROMPT, greedy(20))
+        calls = [AtToken({whole[3]})]
+        with llama.continuous_batching_context_manager(
+            greedy(20), stopping_criteria=calls, async_batching=True
+        ) as manager:
+            own = ([AtToken({whole[9]})], None, [], [lambda ids, scores: ids.shape[1] == 7])
+            ids = [manager.add_request(PROMPT, stopping_criteria=criteria) for criteria in own]
+            tokens = [manager.get_result(request_id).generated_tokens for request_id in ids]
+        assert tokens == [
+            generates(llama, PROMPT, 20, AtToken({whole[9]})),
+            generates(llama, PROMPT, 20, *calls),
+            whole,
+            whole[:3],
+        ]
+
+    @OVERLAP
+    def test_that_raise_end_their_request_alone(self, llama, overlap: bool) -> None:
+        class Broken(StoppingCriteria):
+            def __call__(self, input_ids: torch.LongTensor, scores: None, **kwargs: object) -> torch.BoolTensor:
+                if input_ids.shape[1] > 8:
+                    raise KeyError("no such thing")
+                return torch.tensor([False])
+
+        manager = llama.init_continuous_batching(
+            greedy(12), async_batching=AsyncBatchingConfig(overlap=overlap, debug=True)
+        )
+        for criteria in (None, [Broken()], [AtToken(set())]):
+            manager.add_request(PROMPT, stopping_criteria=criteria)
+        manager.start()
+        engine = manager._engine
+        manager.stop()
+        outputs = {output.request_id: output for output in manager}
+        whole, broken = reference(llama, PROMPT, greedy(12)), outputs["req_1"]
+        assert broken.status == RequestStatus.FAILED
+        assert broken.error == "request req_1: its stopping criterion Broken raised KeyError: 'no such thing'"
+        assert broken.generated_tokens == whole[:5]
+        assert [outputs[i].generated_tokens for i in ("req_0", "req_2")] == [whole] * 2
+        assert [outputs[i].error for i in ("req_0", "req_2")] == [None] * 2
+        engine.scheduler.check_books()
+
+    def test_of_one_call_are_not_the_next_ones(self, llama) -> None:
+        whole = reference(llama, PROMPT, greedy(9))
+        for criteria, expected in (([AtToken({whole[2]})], whole[:3]), (None, whole)):
+            outputs = llama.generate_batch(
+                [PROMPT], greedy(9), stopping_criteria=criteria, persistent_manager=True, async_batching=True
+            )
+            assert [output.generated_tokens for output in outputs.values()] == [expected]
+        llama.destroy_cached_continuous_batching_manager()
+
+    @pytest.mark.parametrize("criteria", [AtToken({1}), [3], "stop", {"a": 1}], ids=["no list", "3", "text", "dict"])
+    def test_that_are_none_are_refused(self, llama, criteria: object) -> None:
+        with pytest.raises(ValueError, match=r"stopping_criteria must be a list of StoppingCriteria"):
+            llama.generate_batch([PROMPT], greedy(3), stopping_criteria=criteria, async_batching=True)
+        manager = llama.init_continuous_batching(greedy(3), async_batching=True)
+        with pytest.raises(ValueError, match=r"request odd: stopping_criteria must be a list of StoppingCriteria"):
+            manager.add_request(PROMPT, request_id="odd", stopping_criteria=criteria)
         manager.destroy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .model import ModelLoan
 from .request import Request, Sampling
-from .settings import GenerationSettings, check_max_new_tokens, check_max_time, check_stop_strings, eos_ids
+from .settings import (
+    GenerationSettings,
+    check_max_new_tokens,
+    check_max_time,
+    check_stop_strings,
+    check_stopping_criteria,
+    eos_ids,
+)
 from .stop_strings import StopStrings, TokenTexts
 
 
@@ -30,6 +37,7 @@ class Door:
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
         self.generation: GenerationSettings | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._criteria: tuple[Callable, ...] = ()
         self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
         self._vocabulary = loan.vocabulary
         self._learned_positions = loan.learned_positions()
@@ -39,9 +47,15 @@ class Door:
         self._arrivals = 0
         self.live: dict[str, Request] = {}  # let in, and without a final result
 
-    def configure(self, generation: GenerationSettings, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def configure(
+        self,
+        generation: GenerationSettings,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stopping_criteria: list[Callable] | None,
+    ) -> None:
         """Take the settings of the requests that come from now on."""
         self.generation = generation
+        self._criteria = check_stopping_criteria(stopping_criteria, "the call")
         self._tokenizer = tokenizer
         self._stop_strings("generation_config", generation.stop_strings)
 
@@ -64,6 +78,7 @@ class Door:
         eos_token_id: int | list[int] | None = None,
         stop_strings: str | list[str] | None = None,
         max_time: float | None = None,
+        stopping_criteria: list[Callable] | None = None,
         **per_request: Any,
     ) -> list[Request]:
         """The requests, of which none is let in yet.
@@ -94,6 +109,9 @@ class Door:
                     eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
                     stop_strings=self._stop_strings(name, stop_strings),
                     max_time=self.generation.max_time if max_time is None else check_max_time(max_time, name),
+                    stopping_criteria=self._criteria
+                    if stopping_criteria is None
+                    else check_stopping_criteria(stopping_criteria, name),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),

@@ -7,7 +7,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tqdm import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
@@ -27,12 +33,13 @@ def init_continuous_batching(
     *,
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[StoppingCriteria] | None = None,
     **overrides: Any,
 ) -> AsyncBatchingManager:
     """A manager for `model`, not started; the persistent one if there is one and its settings are the same.
 
-    Args are those of transformers' `init_continuous_batching`, and `tokenizer` as for `model.generate`; other keyword
-    arguments are generation settings.
+    Args are those of transformers' `init_continuous_batching`, and `tokenizer` and `stopping_criteria` as for
+    `model.generate` (see `AsyncBatchingManager`); other keyword arguments are generation settings.
     """
     own = AsyncBatchingConfig.from_flag(async_batching)
     workload = workload_hints if isinstance(workload_hints, Workload) else Workload.from_hints(workload_hints)
@@ -43,14 +50,15 @@ def init_continuous_batching(
         raise RuntimeError("this model is generating already: stop the manager that has it first")
     if cached is None:
         return AsyncBatchingManager(
-            model, generation_config, continuous_batching_config, own, workload, overrides, tokenizer
-        )
+            model, generation_config, continuous_batching_config, own, workload, overrides, tokenizer,
+            stopping_criteria,
+        )  # fmt: skip
     if own != cached.async_config or continuous_batching_config not in (None, cached.continuous_batching_config):
         raise ValueError(
             "this model has a persistent manager with other settings: call "
             "model.destroy_cached_continuous_batching_manager() first"
         )
-    cached.take_up(generation_config, overrides, workload, tokenizer)
+    cached.take_up(generation_config, overrides, workload, tokenizer, stopping_criteria)
     return cached
 
 
@@ -67,13 +75,14 @@ def continuous_batching_context_manager(
     *,
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[StoppingCriteria] | None = None,
     **overrides: Any,
 ) -> Generator[AsyncBatchingManager]:
     """A started manager; stopped at the end of the block, at once if that ends with an exception. See
     `init_continuous_batching`."""
     manager = init_continuous_batching(
         model, generation_config, continuous_batching_config, workload_hints,
-        async_batching=async_batching, tokenizer=tokenizer, **overrides,
+        async_batching=async_batching, tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
     )  # fmt: skip
     manager.start()
     try:
@@ -103,12 +112,13 @@ def generate_batch(
     *,
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[StoppingCriteria] | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
 
-    Args are those of transformers' `generate_batch`, and `tokenizer` as for `model.generate`, which stop strings need;
-    other keyword arguments are generation settings, as for `model.generate`.
+    Args are those of transformers' `generate_batch`, and `tokenizer` and `stopping_criteria` as for `model.generate`
+    (see `AsyncBatchingManager`); other keyword arguments are generation settings, as for `model.generate`.
 
     Raises:
         ValueError: an input or a setting is not valid; nothing has run then.
@@ -120,7 +130,7 @@ def generate_batch(
     with nullcontext() if cached is None else cached.claimed():
         manager = init_continuous_batching(
             model, generation_config, continuous_batching_config, None, async_batching=async_batching,
-            tokenizer=tokenizer, **overrides,
+            tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
         request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)

@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
@@ -42,6 +48,9 @@ class AsyncBatchingManager:
         workload (`Workload`, *optional*): what is known of the requests, to size the cache.
         overrides (`dict`, *optional*): generation settings that go before `generation_config`'s.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings need it.
+        stopping_criteria (`list[StoppingCriteria]`, *optional*): ask these after each token. They are called on the
+            engine's thread, which waits for them, with the request's ids (int64 `[1, n]` on the CPU, prompt and
+            answer) and `scores=None`; one object serves all requests. One that raises ends that request alone.
 
     Raises:
         ValueError: a setting or the model is not supported; the message says what and why.
@@ -56,6 +65,7 @@ class AsyncBatchingManager:
         workload: Workload | None = None,
         overrides: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
     ) -> None:
         self.model = model
         self.continuous_batching_config = copy.deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
@@ -64,7 +74,7 @@ class AsyncBatchingManager:
         self.workload = workload or Workload()
         self._loan = ModelLoan(model)
         self._door = Door(self._loan, self.continuous_batching_config.seed)
-        self.configure(generation_config, overrides, tokenizer)
+        self.configure(generation_config, overrides, tokenizer, stopping_criteria)
         self._outbox = Outbox()
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
@@ -80,9 +90,11 @@ class AsyncBatchingManager:
         generation_config: GenerationConfig | None,
         overrides: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
     ) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        self._door.configure(resolve_generation(self.model, generation_config, overrides or {}), tokenizer)
+        generation = resolve_generation(self.model, generation_config, overrides or {})
+        self._door.configure(generation, tokenizer, stopping_criteria)
 
     def take_up(
         self,
@@ -90,9 +102,10 @@ class AsyncBatchingManager:
         overrides: dict[str, Any] | None,
         workload: Workload,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
     ) -> None:
         """Begin another session of a manager that was kept. Results that nobody asked for are gone."""
-        self.configure(generation_config, overrides, tokenizer)
+        self.configure(generation_config, overrides, tokenizer, stopping_criteria)
         self.workload = workload
         self._outbox.clear()
 
@@ -289,6 +302,7 @@ class AsyncBatchingManager:
         eos_token_id: int | list[int] | None = None,
         stop_strings: str | list[str] | None = None,
         max_time: float | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
         **per_request: Any,
     ) -> str:
         """Add one request.
@@ -304,6 +318,7 @@ class AsyncBatchingManager:
                 as `model.generate` does; the generation config's by default. They need the manager's `tokenizer`.
             max_time (`float`, *optional*): end the request with the first token that comes so many seconds after its
                 computation began, which is after any wait for room; the generation config's by default.
+            stopping_criteria (`list[StoppingCriteria]`, *optional*): in place of the manager's.
 
         Returns:
             The request's id.
@@ -316,7 +331,7 @@ class AsyncBatchingManager:
             request_ids = [request_id] if request_id is not None else self._door.names(1)
             requests = self._door.check(
                 request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, stop_strings,
-                max_time, **per_request,
+                max_time, stopping_criteria, **per_request,
             )  # fmt: skip
             self._mailbox.post(*requests)
             self._door.let_in(requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class Request:
     eos_ids: tuple[int, ...] = ()
     stop_strings: StopStrings | None = None
     max_time: float = math.inf  # seconds from `started_time`
+    stopping_criteria: tuple[Callable, ...] = ()
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -120,6 +122,7 @@ class Rows:
         self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
         self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
         self.deadline = np.zeros(count, np.float64)  # the token that comes after it is the last, `time.perf_counter`
+        self.asks = np.zeros(count, bool)  # criteria of the user's
         self.page_count = np.zeros(count, np.int64)
         self.pages = np.zeros((count, columns), np.int32)
         self.tokens = np.zeros((count, 64), np.int32)
@@ -156,6 +159,7 @@ class Rows:
         if request.stop_strings is not None:
             self.last_letters[row] = request.stop_strings.last_letters
             self.texts = request.stop_strings.texts  # all running requests have the same
+        self.asks[row] = bool(request.stopping_criteria)
         self.tokens[row, :known] = request.tokens
         if self.logprobs is not None:
             self.logprobs[row, request.prompt_length : known] = request.logprobs

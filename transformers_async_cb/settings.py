@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -174,6 +174,18 @@ def check_max_time(value: float | None, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
         raise ValueError(f"{name}: max_time must be a number of seconds, 0 or more, got {value!r}")
     return float(value)
+
+
+def check_stopping_criteria(value: Iterable[Callable] | None, name: str) -> tuple[Callable, ...]:
+    """Criteria as a tuple, empty for none.
+
+    Raises:
+        ValueError: not a list, or one cannot be called; the message starts with `name`.
+    """
+    criteria = () if value is None else value
+    if not isinstance(criteria, (list, tuple)) or not all(callable(criterion) for criterion in criteria):
+        raise ValueError(f"{name}: stopping_criteria must be a list of StoppingCriteria, got {value!r}")
+    return tuple(criteria)
 
 
 class Workload(NamedTuple):
