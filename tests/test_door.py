@@ -33,7 +33,7 @@ BAD_PROMPTS = [
     pytest.param(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), "integer", id="a bfloat16 tensor"),
     pytest.param(torch.tensor([1.0, 2.0], requires_grad=True), "integer", id="a tensor with gradients"),
     pytest.param(["1", "2"], "integer", id="strings"),
-    pytest.param("a text", "flat sequence", id="a text"),
+    pytest.param("a text", "text needs the model's tokenizer", id="a text"),
     pytest.param(b"bytes", "flat sequence", id="bytes"),
     pytest.param([True, False], "integer", id="bools"),
     pytest.param([1, None], "integer", id="None among integers"),
@@ -44,6 +44,7 @@ BAD_PROMPTS = [
     pytest.param([1, [2, 3]], "flat sequence", id="half nested"),
     pytest.param(torch.tensor([[1, 2]]), "flat sequence", id="a batch of one"),
     pytest.param({"input_ids": [1, 2]}, "flat sequence", id="a dictionary"),
+    pytest.param([{"role": "user", "content": "a"}], "chat needs the model's tokenizer", id="a chat"),
 ]
 BAD_LIMITS = [0, -1, 2.5, "7", True, [3], float("inf")]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .model import ModelLoan
+from .prompts import Prompt, encode
 from .request import Request, Sampling
 from .settings import (
     GenerationSettings,
@@ -71,7 +72,7 @@ class Door:
     def check(
         self,
         request_ids: Iterable[str],
-        inputs: Iterable[Sequence[int]],
+        inputs: Iterable[Prompt],
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
@@ -157,8 +158,9 @@ class Door:
             self._texts = TokenTexts(self._tokenizer)
         return StopStrings(strings, self._texts)
 
-    def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
+    def _prompt(self, name: str, prompt: Prompt) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""
+        input_ids = encode(name, prompt, self._tokenizer)
         if isinstance(input_ids, torch.Tensor):
             if input_ids.is_floating_point():
                 raise ValueError(f"{name}: the prompt must hold integer token ids, not {input_ids.dtype}")

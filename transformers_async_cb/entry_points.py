@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import (
     ContinuousBatchingConfig,
@@ -19,6 +20,7 @@ from transformers.utils import logging
 
 from .config import AsyncBatchingConfig
 from .manager import CACHED, AsyncBatchingManager
+from .prompts import Prompt, one_by_one
 from .settings import Workload
 
 
@@ -102,7 +104,7 @@ def destroy_cached_manager(model: PreTrainedModel) -> None:
 
 def generate_batch(
     model: PreTrainedModel,
-    inputs: Sequence[Sequence[int]],
+    inputs: Sequence[Prompt] | torch.Tensor | Mapping[str, Any],
     generation_config: GenerationConfig | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     record_timestamps: bool = False,
@@ -113,6 +115,7 @@ def generate_batch(
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stopping_criteria: list[StoppingCriteria] | None = None,
+    attention_mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
@@ -120,11 +123,15 @@ def generate_batch(
     Args are those of transformers' `generate_batch`, and `tokenizer` and `stopping_criteria` as for `model.generate`
     (see `AsyncBatchingManager`); other keyword arguments are generation settings, as for `model.generate`.
 
+    `inputs` may be a padded batch of token ids `[B, T]` with its `attention_mask`, a dictionary of both, or, with a
+    `tokenizer`, texts and chats.
+
     Raises:
         ValueError: an input or a setting is not valid; nothing has run then.
     """
     AsyncBatchingConfig.from_flag(async_batching)
-    if len(inputs) == 0:
+    prompts = one_by_one(inputs, attention_mask)
+    if len(prompts) == 0:
         return {}
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
     with nullcontext() if cached is None else cached.claimed():
@@ -133,7 +140,7 @@ def generate_batch(
             tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
-        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)
+        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps)
         manager.size_for_pending()
         try:
             manager.start()

@@ -25,6 +25,7 @@ from .door import Door
 from .engine import Engine
 from .mailbox import Mailbox, Outbox
 from .model import ModelLoan
+from .prompts import Prompt
 from .settings import Workload, check_batching, resolve_engine, resolve_generation
 
 
@@ -47,7 +48,7 @@ class AsyncBatchingManager:
         async_config (`AsyncBatchingConfig`, *optional*): settings of this engine alone.
         workload (`Workload`, *optional*): what is known of the requests, to size the cache.
         overrides (`dict`, *optional*): generation settings that go before `generation_config`'s.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings need it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings, texts and chats need it.
         stopping_criteria (`list[StoppingCriteria]`, *optional*): ask these after each token. They are called on the
             engine's thread, which waits for them, with the request's ids (int64 `[1, n]` on the CPU, prompt and
             answer) and `scores=None`; one object serves all requests. One that raises ends that request alone.
@@ -294,7 +295,7 @@ class AsyncBatchingManager:
 
     def add_request(
         self,
-        input_ids: Sequence[int],
+        input_ids: Prompt,
         request_id: str | None = None,
         max_new_tokens: int | None = None,
         streaming: bool = False,
@@ -308,7 +309,8 @@ class AsyncBatchingManager:
         """Add one request.
 
         Args:
-            input_ids (`Sequence[int]`): the prompt's token ids; a list, an array or a 1-D tensor.
+            input_ids (`Prompt`): the prompt's token ids (a list, an array or a 1-D tensor); or, when the manager has a
+                `tokenizer`, a text, or a chat as a list of messages.
             request_id (`str`, *optional*): must not be in use; `req_0`, `req_1`, ... by default.
             max_new_tokens (`int`, *optional*): the generation config's by default.
             streaming (`bool`): deliver an output for each token, not only the last.
@@ -339,7 +341,7 @@ class AsyncBatchingManager:
 
     def add_requests(
         self,
-        inputs: Sequence[Sequence[int]],
+        inputs: Sequence[Prompt],
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
