@@ -284,6 +284,15 @@ class TestAtTheDoor:
         with pytest.raises(ValueError, match=r"stop_strings need the model's tokenizer.*tokenizer="):
             call(llama)
 
+    def test_refused_ones_leave_a_managers_settings_as_they_were(self, llama) -> None:
+        manager = llama.init_continuous_batching(greedy(3), async_batching=True)
+        with pytest.raises(ValueError, match="stop_strings"):
+            manager.configure(with_stops("a", 9))
+        manager.add_request([1])
+        manager.start()
+        manager.stop()
+        assert [output.generated_tokens for output in manager] == [reference(llama, [1], greedy(3))]
+
     def test_they_need_a_tokenizer_when_only_the_models_own_config_has_them(self) -> None:
         model = new_model("llama")
         model.generation_config.stop_strings = ["a"]

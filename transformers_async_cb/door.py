@@ -54,11 +54,10 @@ class Door:
         tokenizer: PreTrainedTokenizerBase | None,
         stopping_criteria: list[Callable] | None,
     ) -> None:
-        """Take the settings of the requests that come from now on."""
-        self.generation = generation
-        self._criteria = check_stopping_criteria(stopping_criteria, "the call")
-        self._tokenizer = tokenizer
-        self._stop_strings("generation_config", generation.stop_strings)
+        """Take the settings of the requests that come from now on, or none of them if one is not valid."""
+        criteria = check_stopping_criteria(stopping_criteria, "the call")
+        self._stop_strings("generation_config", generation.stop_strings, tokenizer)
+        self.generation, self._tokenizer, self._criteria = generation, tokenizer, criteria
 
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
@@ -100,6 +99,14 @@ class Door:
             else:
                 check_max_new_tokens(max_new_tokens, name)
                 limit = max_new_tokens
+            if stop_strings is None:
+                strings = self.generation.stop_strings
+            else:
+                strings = check_stop_strings(stop_strings, name)
+            if stopping_criteria is None:
+                criteria = self._criteria
+            else:
+                criteria = check_stopping_criteria(stopping_criteria, name)
             requests.append(
                 Request(
                     id=request_id,
@@ -108,11 +115,9 @@ class Door:
                     max_new_tokens=limit,
                     sampling=self._sampling(request_id),
                     eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
-                    stop_strings=self._stop_strings(name, stop_strings),
+                    stop_strings=self._stop_strings(name, strings, self._tokenizer),
                     max_time=self.generation.max_time if max_time is None else check_max_time(max_time, name),
-                    stopping_criteria=self._criteria
-                    if stopping_criteria is None
-                    else check_stopping_criteria(stopping_criteria, name),
+                    stopping_criteria=criteria,
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),
@@ -141,21 +146,21 @@ class Door:
         seed = int.from_bytes(digest, "little")
         return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)
 
-    def _stop_strings(self, name: str, strings: str | Iterable[str] | None) -> StopStrings | None:
-        """Those of one request: its own, or otherwise the call's."""
-        strings = self.generation.stop_strings if strings is None else check_stop_strings(strings, name)
+    def _stop_strings(
+        self, name: str, strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+    ) -> StopStrings | None:
         if not strings:
             return None
-        if self._tokenizer is None:
+        if tokenizer is None:
             raise ValueError(
                 f"{name}: stop_strings need the model's tokenizer: give it with the call or the manager, tokenizer=..."
             )
-        if self._texts is None or not self._texts.are_of(self._tokenizer):
+        if self._texts is None or not self._texts.are_of(tokenizer):
             if any(request.stop_strings is not None for request in list(self.live.values())):
                 raise ValueError(
                     f"{name}: requests with stop strings of another tokenizer have not ended, wait for their results"
                 )
-            self._texts = TokenTexts(self._tokenizer)
+            self._texts = TokenTexts(tokenizer)
         return StopStrings(strings, self._texts)
 
     def _prompt(self, name: str, prompt: Prompt) -> np.ndarray:
