@@ -99,10 +99,7 @@ class Door:
             else:
                 check_max_new_tokens(max_new_tokens, name)
                 limit = max_new_tokens
-            if stop_strings is None:
-                strings = self.generation.stop_strings
-            else:
-                strings = check_stop_strings(stop_strings, name)
+            strings = self.generation.stop_strings if stop_strings is None else check_stop_strings(stop_strings, name)
             if stopping_criteria is None:
                 criteria = self._criteria
             else:
