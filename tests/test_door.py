@@ -33,7 +33,7 @@ BAD_PROMPTS = [
     pytest.param(torch.tensor([1.0, 2.0], dtype=torch.bfloat16), "integer", id="a bfloat16 tensor"),
     pytest.param(torch.tensor([1.0, 2.0], requires_grad=True), "integer", id="a tensor with gradients"),
     pytest.param(["1", "2"], "integer", id="strings"),
-    pytest.param("a text", "flat sequence", id="a text"),
+    pytest.param("a text", "text needs the model's tokenizer", id="a text"),
     pytest.param(b"bytes", "flat sequence", id="bytes"),
     pytest.param([True, False], "integer", id="bools"),
     pytest.param([1, None], "integer", id="None among integers"),
@@ -44,15 +44,16 @@ BAD_PROMPTS = [
     pytest.param([1, [2, 3]], "flat sequence", id="half nested"),
     pytest.param(torch.tensor([[1, 2]]), "flat sequence", id="a batch of one"),
     pytest.param({"input_ids": [1, 2]}, "flat sequence", id="a dictionary"),
+    pytest.param([{"role": "user", "content": "a"}], "chat needs the model's tokenizer", id="a chat"),
 ]
 BAD_LIMITS = [0, -1, 2.5, "7", True, [3], float("inf")]
 
 UNSUPPORTED_SETTINGS = [
-    {"num_beams": 2}, {"repetition_penalty": 1.2}, {"stop_strings": ["end"]}, {"no_repeat_ngram_size": 2},
+    {"num_beams": 2}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2},
     {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}, {"min_length": 9}, {"forced_eos_token_id": 3},
     {"forced_bos_token_id": 3}, {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]},
     {"sequence_bias": {(1,): -1.0}}, {"encoder_repetition_penalty": 1.5}, {"guidance_scale": 2.0},
-    {"exponential_decay_length_penalty": (5, 1.1)}, {"max_time": 1.0}, {"token_healing": True},
+    {"exponential_decay_length_penalty": (5, 1.1)}, {"token_healing": True},
     {"remove_invalid_values": True}, {"output_scores": True, "return_dict_in_generate": True},
     {"output_logits": True, "return_dict_in_generate": True},
     {"output_hidden_states": True, "return_dict_in_generate": True},

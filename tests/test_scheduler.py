@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
+import time
 from collections import deque
 from collections.abc import Iterator
 
@@ -531,6 +533,25 @@ class TestPagesThatHoldABeginning:
         assert simulation.scheduler.reused > 0
         for request_id, request in simulation.requests.items():
             assert simulation.results[request_id].generated_tokens == answer_of(request)
+
+
+class TestTime:
+    @DEPTH
+    def test_goes_on_while_a_request_is_preempted(self, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The clock ticks when it is read; the younger of two waits in the middle, and ends after twelve ticks."""
+        now = itertools.count()
+        monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+        simulation = Simulation(depth, 16, 1, 2, 16, 16)
+        older, younger = new_request(0, 4, 7), new_request(1, 4, 12)
+        younger.max_time, younger.record_timestamps = 12, True
+        simulation.add(older, younger)
+        simulation.run()
+        assert simulation.scheduler.preemptions > 0
+        output = simulation.results["r1"]
+        assert output.error is None
+        assert 1 < len(output.generated_tokens) < 12
+        assert output.timestamps[-2] <= output.lifespan[0] + 12 < output.timestamps[-1]
+        assert output.generated_tokens == answer_of(younger)[: len(output.generated_tokens)]
 
 
 class TestCancelling:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from .model import ModelLoan
+from .prompts import Prompt, encode
 from .request import Request, Sampling
-from .settings import GenerationSettings, check_max_new_tokens, eos_ids
+from .settings import (
+    GenerationSettings,
+    check_max_new_tokens,
+    check_max_time,
+    check_stop_strings,
+    check_stopping_criteria,
+    eos_ids,
+)
+from .stop_strings import StopStrings, TokenTexts
 
 
 class Door:
@@ -27,6 +37,9 @@ class Door:
 
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
         self.generation: GenerationSettings | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._criteria: tuple[Callable, ...] = ()
+        self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
         self._vocabulary = loan.vocabulary
         self._learned_positions = loan.learned_positions()
         self._stated_positions = loan.stated_positions
@@ -34,6 +47,17 @@ class Door:
         self._counter = 0
         self._arrivals = 0
         self.live: dict[str, Request] = {}  # let in, and without a final result
+
+    def configure(
+        self,
+        generation: GenerationSettings,
+        tokenizer: PreTrainedTokenizerBase | None,
+        stopping_criteria: list[Callable] | None,
+    ) -> None:
+        """Take the settings of the requests that come from now on, or none of them if one is not valid."""
+        criteria = check_stopping_criteria(stopping_criteria, "the call")
+        self._stop_strings("generation_config", generation.stop_strings, tokenizer)
+        self.generation, self._tokenizer, self._criteria = generation, tokenizer, criteria
 
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
@@ -47,11 +71,14 @@ class Door:
     def check(
         self,
         request_ids: Iterable[str],
-        inputs: Iterable[Sequence[int]],
+        inputs: Iterable[Prompt],
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
+        stop_strings: str | list[str] | None = None,
+        max_time: float | None = None,
+        stopping_criteria: list[Callable] | None = None,
         **per_request: Any,
     ) -> list[Request]:
         """The requests, of which none is let in yet.
@@ -72,6 +99,11 @@ class Door:
             else:
                 check_max_new_tokens(max_new_tokens, name)
                 limit = max_new_tokens
+            strings = self.generation.stop_strings if stop_strings is None else check_stop_strings(stop_strings, name)
+            if stopping_criteria is None:
+                criteria = self._criteria
+            else:
+                criteria = check_stopping_criteria(stopping_criteria, name)
             requests.append(
                 Request(
                     id=request_id,
@@ -80,6 +112,9 @@ class Door:
                     max_new_tokens=limit,
                     sampling=self._sampling(request_id),
                     eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
+                    stop_strings=self._stop_strings(name, strings, self._tokenizer),
+                    max_time=self.generation.max_time if max_time is None else check_max_time(max_time, name),
+                    stopping_criteria=criteria,
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),
@@ -108,8 +143,26 @@ class Door:
         seed = int.from_bytes(digest, "little")
         return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)
 
-    def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
+    def _stop_strings(
+        self, name: str, strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+    ) -> StopStrings | None:
+        if not strings:
+            return None
+        if tokenizer is None:
+            raise ValueError(
+                f"{name}: stop_strings need the model's tokenizer: give it with the call or the manager, tokenizer=..."
+            )
+        if self._texts is None or not self._texts.are_of(tokenizer):
+            if any(request.stop_strings is not None for request in list(self.live.values())):
+                raise ValueError(
+                    f"{name}: requests with stop strings of another tokenizer have not ended, wait for their results"
+                )
+            self._texts = TokenTexts(tokenizer)
+        return StopStrings(strings, self._texts)
+
+    def _prompt(self, name: str, prompt: Prompt) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""
+        input_ids = encode(name, prompt, self._tokenizer)
         if isinstance(input_ids, torch.Tensor):
             if input_ids.is_floating_point():
                 raise ValueError(f"{name}: the prompt must hold integer token ids, not {input_ids.dtype}")

@@ -44,7 +44,8 @@ class Engine:
 
     `plan` needs no token's value, only lengths, so step N+1 is on its way before the tokens of step N are known. Those
     stay on the device, where the next step reads them. A request that ends at its length limit is known to end when it
-    is planned; one that ends by an EOS is found out one step late, and that step's token for it is discarded.
+    is planned; one that ends by an EOS, a stop string, its time or a criterion of the user's is found out one step
+    late, and that step's token for it is discarded.
 
     `overlap=False` retires each step before the next is planned. It is the same loop with a depth of one.
 

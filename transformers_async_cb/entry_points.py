@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from tqdm import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
 from .config import AsyncBatchingConfig
 from .manager import CACHED, AsyncBatchingManager
+from .prompts import Prompt, one_by_one
 from .settings import Workload
 
 
@@ -26,9 +34,15 @@ def init_continuous_batching(
     workload_hints: Any = None,
     *,
     async_batching: bool | AsyncBatchingConfig = True,
-    overrides: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[StoppingCriteria] | None = None,
+    **overrides: Any,
 ) -> AsyncBatchingManager:
-    """A manager for `model`, not started; the persistent one if there is one and its settings are the same."""
+    """A manager for `model`, not started; the persistent one if there is one and its settings are the same.
+
+    Args are those of transformers' `init_continuous_batching`, and `tokenizer` and `stopping_criteria` as for
+    `model.generate` (see `AsyncBatchingManager`); other keyword arguments are generation settings.
+    """
     own = AsyncBatchingConfig.from_flag(async_batching)
     workload = workload_hints if isinstance(workload_hints, Workload) else Workload.from_hints(workload_hints)
     if continuous_batching_config is None:
@@ -37,13 +51,16 @@ def init_continuous_batching(
     if cached is not None and cached.is_running():
         raise RuntimeError("this model is generating already: stop the manager that has it first")
     if cached is None:
-        return AsyncBatchingManager(model, generation_config, continuous_batching_config, own, workload, overrides)
+        return AsyncBatchingManager(
+            model, generation_config, continuous_batching_config, own, workload, overrides, tokenizer,
+            stopping_criteria,
+        )  # fmt: skip
     if own != cached.async_config or continuous_batching_config not in (None, cached.continuous_batching_config):
         raise ValueError(
             "this model has a persistent manager with other settings: call "
             "model.destroy_cached_continuous_batching_manager() first"
         )
-    cached.take_up(generation_config, overrides, workload)
+    cached.take_up(generation_config, overrides, workload, tokenizer, stopping_criteria)
     return cached
 
 
@@ -59,12 +76,15 @@ def continuous_batching_context_manager(
     workload_hints: Any = None,
     *,
     async_batching: bool | AsyncBatchingConfig = True,
-    overrides: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[StoppingCriteria] | None = None,
+    **overrides: Any,
 ) -> Generator[AsyncBatchingManager]:
-    """A started manager; stopped at the end of the block, at once if that ends with an exception."""
+    """A started manager; stopped at the end of the block, at once if that ends with an exception. See
+    `init_continuous_batching`."""
     manager = init_continuous_batching(
         model, generation_config, continuous_batching_config, workload_hints,
-        async_batching=async_batching, overrides=overrides,
+        async_batching=async_batching, tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
     )  # fmt: skip
     manager.start()
     try:
@@ -84,7 +104,7 @@ def destroy_cached_manager(model: PreTrainedModel) -> None:
 
 def generate_batch(
     model: PreTrainedModel,
-    inputs: Sequence[Sequence[int]],
+    inputs: Sequence[Prompt] | torch.Tensor | Mapping[str, Any],
     generation_config: GenerationConfig | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     record_timestamps: bool = False,
@@ -93,27 +113,34 @@ def generate_batch(
     warmup: bool = True,
     *,
     async_batching: bool | AsyncBatchingConfig = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stopping_criteria: list[StoppingCriteria] | None = None,
+    attention_mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
 
-    Args are those of transformers' `generate_batch`; other keyword arguments are generation settings, as for
-    `model.generate`.
+    Args are those of transformers' `generate_batch`, and `tokenizer` and `stopping_criteria` as for `model.generate`
+    (see `AsyncBatchingManager`); other keyword arguments are generation settings, as for `model.generate`.
+
+    `inputs` may be a padded batch of token ids `[B, T]` with its `attention_mask`, a dictionary of both, or, with a
+    `tokenizer`, texts and chats.
 
     Raises:
         ValueError: an input or a setting is not valid; nothing has run then.
     """
     AsyncBatchingConfig.from_flag(async_batching)
-    if len(inputs) == 0:
+    prompts = one_by_one(inputs, attention_mask)
+    if len(prompts) == 0:
         return {}
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
     with nullcontext() if cached is None else cached.claimed():
         manager = init_continuous_batching(
             model, generation_config, continuous_batching_config, None, async_batching=async_batching,
-            overrides=overrides,
+            tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
-        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)
+        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps)
         manager.size_for_pending()
         try:
             manager.start()

@@ -10,7 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
@@ -19,6 +25,7 @@ from .door import Door
 from .engine import Engine
 from .mailbox import Mailbox, Outbox
 from .model import ModelLoan
+from .prompts import Prompt
 from .settings import Workload, check_batching, resolve_engine, resolve_generation
 
 
@@ -41,6 +48,10 @@ class AsyncBatchingManager:
         async_config (`AsyncBatchingConfig`, *optional*): settings of this engine alone.
         workload (`Workload`, *optional*): what is known of the requests, to size the cache.
         overrides (`dict`, *optional*): generation settings that go before `generation_config`'s.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings, texts and chats need it.
+        stopping_criteria (`list[StoppingCriteria]`, *optional*): ask these after each token. They are called on the
+            engine's thread, which waits for them, with the request's ids (int64 `[1, n]` on the CPU, prompt and
+            answer) and `scores=None`; one object serves all requests. One that raises ends that request alone.
 
     Raises:
         ValueError: a setting or the model is not supported; the message says what and why.
@@ -54,6 +65,8 @@ class AsyncBatchingManager:
         async_config: AsyncBatchingConfig | None = None,
         workload: Workload | None = None,
         overrides: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
     ) -> None:
         self.model = model
         self.continuous_batching_config = copy.deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
@@ -62,7 +75,7 @@ class AsyncBatchingManager:
         self.workload = workload or Workload()
         self._loan = ModelLoan(model)
         self._door = Door(self._loan, self.continuous_batching_config.seed)
-        self.configure(generation_config, overrides)
+        self.configure(generation_config, overrides, tokenizer, stopping_criteria)
         self._outbox = Outbox()
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
@@ -73,15 +86,27 @@ class AsyncBatchingManager:
         self._paused_here = threading.local()
         self.fatal_error: BaseException | None = None
 
-    def configure(self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None = None) -> None:
+    def configure(
+        self,
+        generation_config: GenerationConfig | None,
+        overrides: dict[str, Any] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
+    ) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        self._door.generation = resolve_generation(self.model, generation_config, overrides or {})
+        generation = resolve_generation(self.model, generation_config, overrides or {})
+        self._door.configure(generation, tokenizer, stopping_criteria)
 
     def take_up(
-        self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None, workload: Workload
+        self,
+        generation_config: GenerationConfig | None,
+        overrides: dict[str, Any] | None,
+        workload: Workload,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
     ) -> None:
         """Begin another session of a manager that was kept. Results that nobody asked for are gone."""
-        self.configure(generation_config, overrides)
+        self.configure(generation_config, overrides, tokenizer, stopping_criteria)
         self.workload = workload
         self._outbox.clear()
 
@@ -270,23 +295,32 @@ class AsyncBatchingManager:
 
     def add_request(
         self,
-        input_ids: Sequence[int],
+        input_ids: Prompt,
         request_id: str | None = None,
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
+        stop_strings: str | list[str] | None = None,
+        max_time: float | None = None,
+        stopping_criteria: list[StoppingCriteria] | None = None,
         **per_request: Any,
     ) -> str:
         """Add one request.
 
         Args:
-            input_ids (`Sequence[int]`): the prompt's token ids; a list, an array or a 1-D tensor.
+            input_ids (`Prompt`): the prompt's token ids (a list, an array or a 1-D tensor); or, when the manager has a
+                `tokenizer`, a text, or a chat as a list of messages.
             request_id (`str`, *optional*): must not be in use; `req_0`, `req_1`, ... by default.
             max_new_tokens (`int`, *optional*): the generation config's by default.
             streaming (`bool`): deliver an output for each token, not only the last.
             record_timestamps (`bool`): note when each token came, in seconds of `time.perf_counter`.
             eos_token_id (`int` or `list[int]`, *optional*): the generation config's by default.
+            stop_strings (`str` or `list[str]`, *optional*): end the request with the token that completes one of them,
+                as `model.generate` does; the generation config's by default. They need the manager's `tokenizer`.
+            max_time (`float`, *optional*): end the request with the first token that comes so many seconds after its
+                computation began, which is after any wait for room; the generation config's by default.
+            stopping_criteria (`list[StoppingCriteria]`, *optional*): in place of the manager's.
 
         Returns:
             The request's id.
@@ -298,15 +332,16 @@ class AsyncBatchingManager:
         with self._lock:
             request_ids = [request_id] if request_id is not None else self._door.names(1)
             requests = self._door.check(
-                request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, **per_request
-            )
+                request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, stop_strings,
+                max_time, stopping_criteria, **per_request,
+            )  # fmt: skip
             self._mailbox.post(*requests)
             self._door.let_in(requests)
         return request_ids[0]
 
     def add_requests(
         self,
-        inputs: Sequence[Sequence[int]],
+        inputs: Sequence[Prompt],
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from .stop_strings import StopStrings, TokenTexts
 
 
 class Sampling(NamedTuple):
@@ -35,6 +39,9 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
+    stop_strings: StopStrings | None = None
+    max_time: float = math.inf  # seconds from `started_time`
+    stopping_criteria: tuple[Callable, ...] = ()
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -117,6 +124,10 @@ class Rows:
         self.sampled = np.zeros(count, bool)  # not greedy
         self.filtered = np.zeros(count, bool)  # top-k or top-p
         self.eos = np.full((count, 1), -1, np.int32)
+        self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
+        self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
+        self.deadline = np.zeros(count, np.float64)  # the token that comes after it is the last, `time.perf_counter`
+        self.asks = np.zeros(count, bool)  # criteria of the user's
         self.page_count = np.zeros(count, np.int64)
         self.full_pages = np.zeros(count, np.int64)  # the first so many others may find
         self.pages = np.zeros((count, columns), np.int32)
@@ -152,6 +163,11 @@ class Rows:
             self.eos = grown
         self.eos[row] = -1
         self.eos[row, : len(request.eos_ids)] = request.eos_ids
+        self.last_letters[row] = 0
+        if request.stop_strings is not None:
+            self.last_letters[row] = request.stop_strings.last_letters
+            self.texts = request.stop_strings.texts  # all running requests have the same
+        self.asks[row] = bool(request.stopping_criteria)
         self.tokens[row, :known] = request.tokens
         if self.logprobs is not None:
             self.logprobs[row, request.prompt_length : known] = request.logprobs
@@ -160,6 +176,7 @@ class Rows:
                 self.timestamps = np.zeros(self.tokens.shape, np.float64)
             self.timestamps[row, request.prompt_length : known] = request.timestamps
         request.start()
+        self.deadline[row] = request.started_time + request.max_time
         return row
 
     def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None, now: float) -> None:

@@ -7,6 +7,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
@@ -349,23 +350,55 @@ class Scheduler:
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
         self.discarded += int(plan.samples.sum() - live.sum())
         rows, tokens = plan.rows[live], ids[live]
-        r.append(rows, tokens, None if logprobs is None else logprobs[live], time.perf_counter())
-        ended = (r.known[rows] >= r.limit[rows]) | (r.eos[rows] == tokens[:, None]).any(1)
+        now = time.perf_counter()
+        r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
+        stopped = self._stopped(rows, tokens, now)
+        failed = self._ask(rows, stopped)
+        ended = stopped | (r.known[rows] >= r.limit[rows])
         for row in rows[r.streaming[rows] & ~ended]:
             request = r.save(row)
             request.status = RequestStatus.DECODING
             self._outputs.append(request.output())
-        for row in rows[ended]:
-            self._end(int(row), self._cut_short(int(row)))
+        for row, by_token in zip(rows[ended].tolist(), stopped[ended], strict=True):
+            self._end(row, failed.get(row) if by_token else self._cut_short(row))
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
         for row in drained:
             self._release(int(row))
+
+    def _stopped(self, rows: np.ndarray, tokens: np.ndarray, now: float) -> np.ndarray:
+        """Which of `rows` end with their last token, whatever their limit: bool `[rows]`."""
+        r = self.rows
+        stopped = (r.eos[rows] == tokens[:, None]).any(1) | (now > r.deadline[rows])
+        if r.texts is not None:
+            for i in np.flatnonzero((r.texts.letters(tokens) & r.last_letters[rows] != 0) & ~stopped):
+                row = rows[i]
+                stopped[i] = r.request[row].stop_strings.end(r.tokens[row, : r.known[row]])
+        return stopped
+
+    def _ask(self, rows: np.ndarray, stopped: np.ndarray) -> dict[int, str]:
+        """Ask the users' own criteria, which may set `stopped` of their rows. Returns what failed, by row."""
+        r, failed = self.rows, {}
+        for i in np.flatnonzero(r.asks[rows]):
+            row = int(rows[i])
+            request = r.request[row]
+            ids = torch.from_numpy(r.tokens[row, : r.known[row]].astype(np.int64))[None]
+            for criterion in request.stopping_criteria:
+                try:
+                    stopped[i] |= bool(criterion(ids, None))
+                except Exception as error:
+                    stopped[i] = True
+                    name = getattr(criterion, "__name__", type(criterion).__name__)
+                    failed[row] = (
+                        f"request {request.id}: its stopping criterion {name} raised {type(error).__name__}: {error}"
+                    )
+                    break
+        return failed
 
     def _cut_short(self, row: int) -> str | None:
         """Why a row that reached its limit got fewer tokens than it asked for, if it did."""
         r, request = self.rows, self.rows.request[row]
         known = int(r.known[row])
-        if known >= request.total_limit or r.tokens[row, known - 1] in request.eos_ids:
+        if known >= request.total_limit:
             return None
         return (
             f"request {request.id} reached the longest sequence there is room for, {self.max_tokens} positions, after "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from numbers import Integral
+import math
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import psutil
@@ -21,7 +22,10 @@ THEIR_PAGE_SIZE = 256
 PAGE_SIZE = 16
 
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
-_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "do_sample", "temperature", "top_k", "top_p"}
+_HONOURED = {
+    "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "max_time", "do_sample", "temperature", "top_k",
+    "top_p",
+}  # fmt: skip
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
     "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "transformers_version",
@@ -62,6 +66,8 @@ class GenerationSettings(NamedTuple):
     max_new_tokens: int | None
     max_length: int | None
     eos_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    max_time: float  # seconds
     temperature: float  # 0 is greedy
     top_k: int
     top_p: float
@@ -123,6 +129,8 @@ def resolve_generation(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
+        stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
+        max_time=check_max_time(merged.max_time, "generation_config"),
         temperature=temperature if do_sample else 0.0,
         top_k=min(top_k, 2**31 - 1),
         top_p=top_p,
@@ -141,6 +149,43 @@ def eos_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     return tuple(int(i) for i in ([value] if isinstance(value, int) else value) if 0 <= i < 2**31)
+
+
+def check_stop_strings(value: str | Iterable[str] | None, name: str) -> tuple[str, ...]:
+    """Stop strings as a tuple, empty for none.
+
+    Raises:
+        ValueError: one is not a string, or empty; the message starts with `name`.
+    """
+    strings = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple, set)) or not all(isinstance(s, str) and s for s in strings):
+        raise ValueError(f"{name}: stop_strings must be a string or a list of strings, none empty, got {value!r}")
+    return tuple(strings)
+
+
+def check_max_time(value: float | None, name: str) -> float:
+    """Seconds, infinite for no limit.
+
+    Raises:
+        ValueError: not a number of seconds; the message starts with `name`.
+    """
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+        raise ValueError(f"{name}: max_time must be a number of seconds, 0 or more, got {value!r}")
+    return float(value)
+
+
+def check_stopping_criteria(value: Iterable[Callable] | None, name: str) -> tuple[Callable, ...]:
+    """Criteria as a tuple, empty for none.
+
+    Raises:
+        ValueError: not a list, or one cannot be called; the message starts with `name`.
+    """
+    criteria = () if value is None else value
+    if not isinstance(criteria, (list, tuple)) or not all(callable(criterion) for criterion in criteria):
+        raise ValueError(f"{name}: stopping_criteria must be a list of StoppingCriteria, got {value!r}")
+    return tuple(criteria)
 
 
 class Workload(NamedTuple):
