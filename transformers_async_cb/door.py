@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from .model import ModelLoan
 from .request import Request, Sampling
-from .settings import GenerationSettings, check_max_new_tokens, eos_ids
+from .settings import GenerationSettings, check_max_new_tokens, eos_ids, resolve_generation
 
 
 class Door:
@@ -26,7 +30,7 @@ class Door:
     """
 
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
-        self.generation: GenerationSettings | None = None
+        self._model = loan.model
         self._vocabulary = loan.vocabulary
         self._learned_positions = loan.learned_positions()
         self._stated_positions = loan.stated_positions
@@ -34,6 +38,15 @@ class Door:
         self._counter = 0
         self._arrivals = 0
         self.live: dict[str, Request] = {}  # let in, and without a final result
+
+    def configure(self, config: GenerationConfig | None, overrides: dict[str, Any]) -> None:
+        """Set the generation settings of the requests that are checked from now on.
+
+        Raises:
+            ValueError: see `resolve_generation`.
+        """
+        self._generation = resolve_generation(self._model, config, overrides)
+        self._config, self._overrides = copy.deepcopy(config), copy.deepcopy(overrides)
 
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
@@ -47,28 +60,38 @@ class Door:
     def check(
         self,
         request_ids: Iterable[str],
-        inputs: Iterable[Sequence[int]],
+        inputs: Sequence[Sequence[int]],
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
         eos_token_id: int | list[int] | None = None,
+        generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        seed: int | None = None,
         **per_request: Any,
     ) -> list[Request]:
-        """The requests, of which none is let in yet.
+        """The requests, of which none is let in yet. `generation_config` is one for all, or a sequence of as many.
 
         Raises:
             ValueError: one is not valid; the message names the request and what is allowed.
         """
-        if per_request:
-            raise ValueError(f"settings of a single request are not supported yet: {sorted(per_request)}")
+        if not isinstance(generation_config, Sequence):
+            generation_config = itertools.repeat(generation_config, len(inputs))
+        elif len(generation_config) != len(inputs):
+            raise ValueError(
+                f"there are {len(generation_config)} generation configs for {len(inputs)} prompts: give one for each, "
+                "or one for all"
+            )
         requests = []
-        for request_id, input_ids in zip(request_ids, inputs, strict=True):
+        resolved: dict[int, GenerationSettings] = {}
+        for request_id, input_ids, config in zip(request_ids, inputs, generation_config, strict=True):
             name = f"request {request_id}"
+            if (settings := resolved.get(id(config))) is None:
+                settings = resolved[id(config)] = self._resolve(name, config, per_request)
             if request_id in self.live:
                 raise ValueError(f"{name}: this id is in use, choose another or wait for its result")
             tokens = self._prompt(name, input_ids)
             if max_new_tokens is None:
-                limit = self.generation.new_tokens(len(tokens), self._stated_positions, name)
+                limit = settings.new_tokens(len(tokens), self._stated_positions, name)
             else:
                 check_max_new_tokens(max_new_tokens, name)
                 limit = max_new_tokens
@@ -78,8 +101,8 @@ class Door:
                     tokens=tokens,
                     prompt_length=len(tokens),
                     max_new_tokens=limit,
-                    sampling=self._sampling(request_id),
-                    eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
+                    sampling=self._sampling(request_id, settings.sampling, seed),
+                    eos_ids=settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),
@@ -99,14 +122,30 @@ class Door:
         for request_id in request_ids:
             self.live.pop(request_id, None)
 
-    def _sampling(self, request_id: str) -> Sampling:
-        if not self.generation.temperature:
-            return Sampling()
-        if self._seed is None:
+    def _resolve(self, name: str, config: GenerationConfig | None, per_request: dict[str, Any]) -> GenerationSettings:
+        """The settings of a request that has a config, or keyword arguments, of its own."""
+        if config is None and not per_request:
+            return self._generation
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise ValueError(f"{name}: generation_config must be a GenerationConfig, not {type(config).__name__}")
+        try:
+            return resolve_generation(
+                self._model, self._config if config is None else config, self._overrides | per_request
+            )
+        except (ValueError, TypeError) as error:  # which transformers raises where it compares with a number
+            raise ValueError(f"{name}: {error}") from error
+
+    def _sampling(self, request_id: str, sampling: Sampling, seed: int | None) -> Sampling:
+        """With the seed: from the request's own alone, or from everybody's and the request's id."""
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise ValueError(f"request {request_id}: seed must be an integer, got {seed!r}")
+        if not sampling.temperature:
+            return sampling
+        if seed is None and self._seed is None:
             self._seed = int(torch.randint(2**62, (), device="cpu"))
-        digest = hashlib.blake2b(f"{self._seed}:{request_id}".encode(), digest_size=8).digest()
-        seed = int.from_bytes(digest, "little")
-        return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)
+        origin = f"{self._seed}:{request_id}" if seed is None else str(seed)
+        digest = hashlib.blake2b(origin.encode(), digest_size=8).digest()
+        return sampling._replace(seed=int.from_bytes(digest, "little"))
 
     def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""

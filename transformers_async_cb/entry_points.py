@@ -85,7 +85,7 @@ def destroy_cached_manager(model: PreTrainedModel) -> None:
 def generate_batch(
     model: PreTrainedModel,
     inputs: Sequence[Sequence[int]],
-    generation_config: GenerationConfig | None = None,
+    generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     record_timestamps: bool = False,
     progress_bar: bool = False,
@@ -97,8 +97,8 @@ def generate_batch(
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
 
-    Args are those of transformers' `generate_batch`; other keyword arguments are generation settings, as for
-    `model.generate`.
+    Args are those of transformers' `generate_batch`, but `generation_config` may also be a list with one for each
+    input; other keyword arguments are generation settings, as for `model.generate`, and hold for all.
 
     Raises:
         ValueError: an input or a setting is not valid; nothing has run then.
@@ -106,6 +106,9 @@ def generate_batch(
     AsyncBatchingConfig.from_flag(async_batching)
     if len(inputs) == 0:
         return {}
+    configs = generation_config if isinstance(generation_config, Sequence) else None
+    if configs is not None:
+        generation_config = configs[0] if configs else None
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
     with nullcontext() if cached is None else cached.claimed():
         manager = init_continuous_batching(
@@ -113,7 +116,7 @@ def generate_batch(
             overrides=overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
-        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps)
+        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps, generation_config=configs)
         manager.size_for_pending()
         try:
             manager.start()

@@ -19,7 +19,7 @@ from .door import Door
 from .engine import Engine
 from .mailbox import Mailbox, Outbox
 from .model import ModelLoan
-from .settings import Workload, check_batching, resolve_engine, resolve_generation
+from .settings import Workload, check_batching, resolve_engine
 
 
 logger = logging.get_logger(__name__)
@@ -75,7 +75,7 @@ class AsyncBatchingManager:
 
     def configure(self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None = None) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        self._door.generation = resolve_generation(self.model, generation_config, overrides or {})
+        self._door.configure(generation_config, overrides or {})
 
     def take_up(
         self, generation_config: GenerationConfig | None, overrides: dict[str, Any] | None, workload: Workload
@@ -278,7 +278,8 @@ class AsyncBatchingManager:
         eos_token_id: int | list[int] | None = None,
         **per_request: Any,
     ) -> str:
-        """Add one request.
+        """Add one request. Its own generation settings are merged as a call's are: keyword arguments go before a
+        config, the request's before the manager's, and the model's come last.
 
         Args:
             input_ids (`Sequence[int]`): the prompt's token ids; a list, an array or a 1-D tensor.
@@ -287,6 +288,10 @@ class AsyncBatchingManager:
             streaming (`bool`): deliver an output for each token, not only the last.
             record_timestamps (`bool`): note when each token came, in seconds of `time.perf_counter`.
             eos_token_id (`int` or `list[int]`, *optional*): the generation config's by default.
+            generation_config (`GenerationConfig`, *optional*): in place of the manager's.
+            seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
+                `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
+            per_request: any other generation setting, such as `do_sample=True, temperature=0.7`.
 
         Returns:
             The request's id.
@@ -312,7 +317,9 @@ class AsyncBatchingManager:
         record_timestamps: bool = False,
         **per_request: Any,
     ) -> list[str]:
-        """Add several requests: all of them, or none if one is not valid. See `add_request`."""
+        """Add several requests: all of them, or none if one is not valid. See `add_request`; settings hold for all,
+        but `generation_config` may be a list with one for each.
+        """
         with self._lock:
             request_ids = self._door.names(len(inputs))
             requests = self._door.check(

@@ -13,12 +13,18 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 
 class Sampling(NamedTuple):
-    """How a request picks its tokens: a `temperature` of 0 means greedy, a `top_k` of 0 and a `top_p` of 1 off."""
+    """How a request picks its tokens: greedily at a `temperature` of 0. 0 turns `top_k` and `min_p` off, 1 `top_p`."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0  # 64 bits
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens may not be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -110,7 +116,7 @@ class Rows:
         self.in_flight = np.zeros(count, np.int8)  # steps launched and not yet retired
         self.streaming = np.zeros(count, bool)
         self.sampled = np.zeros(count, bool)  # not greedy
-        self.filtered = np.zeros(count, bool)  # top-k or top-p
+        self.filtered = np.zeros(count, bool)  # top-k, top-p or min-p
         self.eos = np.full((count, 1), -1, np.int32)
         self.page_count = np.zeros(count, np.int64)
         self.pages = np.zeros((count, columns), np.int32)
@@ -137,7 +143,7 @@ class Rows:
         self.limit[row] = limit
         self.streaming[row] = request.streaming
         self.sampled[row] = request.sampling.temperature > 0
-        self.filtered[row] = self.sampled[row] and (request.sampling.top_k > 0 or request.sampling.top_p < 1)
+        self.filtered[row] = request.sampling.filtered
         if len(request.eos_ids) > self.eos.shape[1]:
             grown = np.full((self.count, len(request.eos_ids)), -1, np.int32)
             grown[:, : self.eos.shape[1]] = self.eos

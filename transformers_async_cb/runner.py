@@ -182,8 +182,8 @@ class Runner:
         parameters[len(plan.fresh) :] = 0
         for line, row in zip(parameters, plan.fresh, strict=False):
             sampling = r.request[row].sampling
-            line.view(np.float32)[:2] = sampling.temperature, sampling.top_p
-            line[2:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
+            line.view(np.float32)[:3] = sampling.temperature, sampling.top_p, sampling.min_p
+            line[3:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
 
     # ------------------------------------------------------------------------------------------------ device
 

@@ -31,7 +31,7 @@ class Plan(NamedTuple):
     cells: np.ndarray  # int64 [P] entries of the flat page table that change
     pages: np.ndarray  # int32 [P] what they become
     sampled: bool  # a row samples rather than takes the largest logit
-    filtered: bool  # a row samples with top-k or top-p
+    filtered: bool  # a row samples with top-k, top-p or min-p
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
 from .model import ModelLoan
+from .request import Sampling
 
 
 # transformers' default page size, which we cannot tell from a user's own 256, and ours.
@@ -21,7 +22,7 @@ THEIR_PAGE_SIZE = 256
 PAGE_SIZE = 16
 
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
-_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "do_sample", "temperature", "top_k", "top_p"}
+_HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
     "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "transformers_version",
@@ -29,11 +30,11 @@ _WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
     "max_matching_ngram_size", "is_assistant", "generation_kwargs", "prefill_chunk_size", "low_memory",
 }  # fmt: skip
-_ONLY_WHEN_SAMPLING = {"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_ONLY_WHEN_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # What `generate` takes for a field that nobody has set, and other values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
     "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "min_length": (0,),
-    "min_new_tokens": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "min_p": (0.0,),
+    "min_new_tokens": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
     "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,), "renormalize_logits": (False, True),
 }  # fmt: skip
@@ -48,7 +49,7 @@ _UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
     "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
     "cpu_offload_space": ((0, None), "a preempted request is computed again"),
     "max_queue_size": ((0,), "the queue is not bounded yet"),
-    "per_request_processors": ((False,), "the sampling settings of one call hold for all its requests"),
+    "per_request_processors": ((False,), "add_request takes the settings of a request, but no processors"),
     "use_default_compile_configs": (
         (None, False),
         "AsyncBatchingConfig(compile_layers=...) decides that",
@@ -62,9 +63,7 @@ class GenerationSettings(NamedTuple):
     max_new_tokens: int | None
     max_length: int | None
     eos_ids: tuple[int, ...]
-    temperature: float  # 0 is greedy
-    top_k: int
-    top_p: float
+    sampling: Sampling  # all but the seed
 
     def new_tokens(self, prompt_length: int, max_position_embeddings: int | None, name: str) -> int:
         """How many tokens a prompt may get, by `generate`'s rules.
@@ -110,22 +109,25 @@ def resolve_generation(
         raise ValueError(f"{name}={value!r} is not supported with async_batching yet")
     if merged.max_new_tokens is not None:
         check_max_new_tokens(merged.max_new_tokens, "generation_config")
+    if not isinstance(merged.max_length, Integral | None):
+        raise ValueError(f"max_length must be an integer, got {merged.max_length!r}")
     temperature = 1.0 if merged.temperature is None else float(merged.temperature)
     top_k = 50 if merged.top_k is None else int(merged.top_k)
     top_p = 1.0 if merged.top_p is None else float(merged.top_p)
+    min_p = 0.0 if merged.min_p is None else float(merged.min_p)
     if do_sample and temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0 to sample; for greedy decoding, do_sample=False")
     if do_sample and top_k < 0:
         raise ValueError(f"top_k={top_k} must be 0 (off) or more")
     if do_sample and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (off)")
+    if do_sample and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must be between 0 (off) and 1")
     return GenerationSettings(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
-        temperature=temperature if do_sample else 0.0,
-        top_k=min(top_k, 2**31 - 1),
-        top_p=top_p,
+        sampling=Sampling(temperature, min(top_k, 2**31 - 1), top_p, min_p) if do_sample else Sampling(),
     )
 
 
