@@ -95,6 +95,7 @@ class Door:
             else:
                 check_max_new_tokens(max_new_tokens, name)
                 limit = max_new_tokens
+            eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
             requests.append(
                 Request(
                     id=request_id,
@@ -102,7 +103,8 @@ class Door:
                     prompt_length=len(tokens),
                     max_new_tokens=limit,
                     sampling=self._sampling(request_id, settings.sampling, seed),
-                    eos_ids=settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
+                    eos_ids=eos,
+                    shaping=self._shaping(name, settings, len(tokens), limit, eos),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     arrival=self._arrivals + len(requests),
@@ -146,6 +148,18 @@ class Door:
         origin = f"{self._seed}:{request_id}" if seed is None else str(seed)
         digest = hashlib.blake2b(origin.encode(), digest_size=8).digest()
         return sampling._replace(seed=int.from_bytes(digest, "little"))
+
+    @staticmethod
+    def _shaping(
+        name: str, settings: GenerationSettings, prompt_length: int, limit: int, eos: tuple[int, ...]
+    ) -> np.ndarray | None:
+        if settings.logits is None:
+            return None
+        shaping = settings.logits.shaping(prompt_length, prompt_length + limit, eos)
+        try:
+            return None if shaping is None else shaping.words()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _prompt(self, name: str, input_ids: Sequence[int]) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""

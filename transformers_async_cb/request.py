@@ -12,6 +12,10 @@ from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 
+# Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
+MOST_FRESH = 256
+
+
 class Sampling(NamedTuple):
     """How a request picks its tokens: greedily at a `temperature` of 0. 0 turns `top_k` and `min_p` off, 1 `top_p`."""
 
@@ -41,6 +45,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     eos_ids: tuple[int, ...] = ()
+    shaping: np.ndarray | None = None  # int32 [words], what is done to its logits
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -117,6 +122,7 @@ class Rows:
         self.streaming = np.zeros(count, bool)
         self.sampled = np.zeros(count, bool)  # not greedy
         self.filtered = np.zeros(count, bool)  # top-k, top-p or min-p
+        self.shaped = np.zeros(count, bool)  # something is done to their logits
         self.eos = np.full((count, 1), -1, np.int32)
         self.page_count = np.zeros(count, np.int64)
         self.pages = np.zeros((count, columns), np.int32)
@@ -144,6 +150,7 @@ class Rows:
         self.streaming[row] = request.streaming
         self.sampled[row] = request.sampling.temperature > 0
         self.filtered[row] = request.sampling.filtered
+        self.shaped[row] = request.shaping is not None
         if len(request.eos_ids) > self.eos.shape[1]:
             grown = np.full((self.count, len(request.eos_ids)), -1, np.int32)
             grown[:, : self.eos.shape[1]] = self.eos

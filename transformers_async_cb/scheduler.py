@@ -12,11 +12,7 @@ from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .pages import Pages
-from .request import Phase, Request, Rows
-
-
-# Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
-MOST_FRESH = 256
+from .request import MOST_FRESH, Phase, Request, Rows
 
 
 class Plan(NamedTuple):
@@ -32,6 +28,7 @@ class Plan(NamedTuple):
     pages: np.ndarray  # int32 [P] what they become
     sampled: bool  # a row samples rather than takes the largest logit
     filtered: bool  # a row samples with top-k, top-p or min-p
+    shaped: bool  # something is done to the logits of a row
 
     @property
     def tokens(self) -> int:
@@ -140,7 +137,7 @@ class Scheduler:
         r.in_flight[rows] += 1
         return Plan(
             rows, starts, counts, samples, len(decoding), fresh, cells, pages,
-            bool(r.sampled[rows].any()), bool(r.filtered[rows].any()),
+            bool(r.sampled[rows].any()), bool(r.filtered[rows].any()), bool(r.shaped[rows].any()),
         )  # fmt: skip
 
     def _decoding_rows(self) -> np.ndarray:

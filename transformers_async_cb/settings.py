@@ -13,6 +13,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
+from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings
 from .model import ModelLoan
 from .request import Sampling
 
@@ -23,6 +24,7 @@ PAGE_SIZE = 16
 
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
 _HONOURED = {"max_new_tokens", "max_length", "eos_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"}
+_HONOURED |= LOGITS_FIELDS
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
     "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "transformers_version",
@@ -33,9 +35,8 @@ _WITHOUT_EFFECT = {
 _ONLY_WHEN_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # What `generate` takes for a field that nobody has set, and other values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "min_length": (0,),
-    "min_new_tokens": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
-    "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,), "renormalize_logits": (False, True),
 }  # fmt: skip
 
@@ -64,6 +65,7 @@ class GenerationSettings(NamedTuple):
     max_length: int | None
     eos_ids: tuple[int, ...]
     sampling: Sampling  # all but the seed
+    logits: LogitsSettings | None
 
     def new_tokens(self, prompt_length: int, max_position_embeddings: int | None, name: str) -> int:
         """How many tokens a prompt may get, by `generate`'s rules.
@@ -93,7 +95,8 @@ def resolve_generation(
     """
     merged = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
     merged.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-    unknown = merged.update(**overrides)
+    own = {name: value for name, value in overrides.items() if name in OWN_LOGITS_FIELDS}
+    unknown = merged.update(**{name: value for name, value in overrides.items() if name not in own})
     if unknown:
         raise ValueError(f"unknown keyword arguments: {sorted(unknown)} (a typo in a generation setting?)")
     do_sample = bool(merged.do_sample)
@@ -128,6 +131,7 @@ def resolve_generation(
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
         sampling=Sampling(temperature, min(top_k, 2**31 - 1), top_p, min_p) if do_sample else Sampling(),
+        logits=LogitsSettings.of(merged, own, model.get_input_embeddings().num_embeddings),
     )
 
 

@@ -21,6 +21,7 @@ class Flavour(NamedTuple):
     sampled: bool = False
     filtered: bool = False
     logprobs: bool = False
+    shaped: bool = False
 
 
 class Parameters(NamedTuple):
