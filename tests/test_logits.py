@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, batching, new_model, random_prompts, reference, run_in_interpreter, shared_model
@@ -114,16 +115,20 @@ class TestTheReference:
 class TestWords:
     @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: str(settings)[:60])
     def test_say_all_of_a_shaping(self, settings: dict[str, Any]) -> None:
-        shaping = shaping_of(
-            config_of(**settings), 4, presence_penalty=0.5, frequency_penalty=-0.25, logit_bias={4: 1}
-        )
-        assert str(Shaping.from_words(shaping.words())._replace(repetition_penalty=0)) == str(
-            shaping._replace(
-                repetition_penalty=0,
-                sequences=tuple(s._replace(value=float(torch.tensor(s.value))) for s in shaping.sequences),
-                tokens=tuple(t._replace(value=float(torch.tensor(t.value))) for t in shaping.tokens),
-            )
-        )
+        own = {"presence_penalty": 0.5, "frequency_penalty": -0.25, "logit_bias": {4: 1}}
+        settings = {**settings, "repetition_penalty": 1.5}  # exact in float32
+        shaping = shaping_of(config_of(**settings), 4, **own)
+
+        def rounded(listed: tuple[Listed, ...]) -> tuple[Listed, ...]:
+            return tuple(entry._replace(value=float(np.float32(entry.value))) for entry in listed)
+
+        expected = shaping._replace(tokens=rounded(shaping.tokens), sequences=rounded(shaping.sequences))
+        assert Shaping.from_words(shaping.words()) == expected
+
+    def test_hold_no_more_than_32_bits(self) -> None:
+        most = 2**31 - 1
+        shaping = Shaping(3, shortest=2**40, ngram=2**31, forced_last_at=2**31 + 3)
+        assert Shaping.from_words(shaping.words()) == Shaping(3, shortest=most, ngram=most, forced_last_at=most)
 
     def test_are_as_many_as_there_is_room_for(self) -> None:
         tokens = tuple(Listed(Rule.SUPPRESS, (token,)) for token in range(504))
@@ -166,10 +171,13 @@ class TestRequests:
         assert [o.generated_tokens for o in outputs.values()] == [reference(model, p, config) for p in prompts]
 
     @OVERLAP
-    @pytest.mark.parametrize("sizes", [{}, {"num_blocks": 40, "page_size": 3, "max_batch_tokens": 7}], ids=str)
+    @pytest.mark.parametrize("sizes", [
+        {}, {"num_blocks": 40, "page_size": 3, "max_batch_tokens": 7}, {"max_requests_per_batch": 3}
+    ], ids=str)  # fmt: skip
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_of_all_settings_get_it_beside_each_other(self, family: str, sizes: dict, overlap: bool) -> None:
-        """And beside some without any; with short pages, prompts are split and requests preempted."""
+        """And beside some without any. With short pages, prompts are split and requests preempted; with few rows, one
+        is taken by requests with settings and without."""
         model, settings = shared_model(family), [*SETTINGS, {}, {}]
         configs = [config_of(**s) for s in settings] * 2
         prompts = [[5], *random_prompts(len(configs) - 1, longest=40, seed=1)]

@@ -291,7 +291,9 @@ class AsyncBatchingManager:
             generation_config (`GenerationConfig`, *optional*): in place of the manager's.
             seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
                 `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
-            per_request: any other generation setting, such as `do_sample=True, temperature=0.7`.
+            per_request: any other generation setting, such as `do_sample=True, temperature=0.7`; and
+                `presence_penalty`, `frequency_penalty` and `logit_bias` (a dictionary from token ids to what is added
+                to their logits), which mean what they do in OpenAI's interface.
 
         Returns:
             The request's id.

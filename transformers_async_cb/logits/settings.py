@@ -111,9 +111,8 @@ class LogitsSettings(NamedTuple):
         rule(Rule.SUPPRESS_FIRST, self.suppressed_first)
         tokens += (Listed(Rule.BIAS, (token,), value) for token, value in self.bias)
 
-        lengths = list(
-            dict.fromkeys(len(sequence) for sequence, _ in self.sequence_bias)
-        )  # `generate` adds biases up in their order
+        # `generate` adds the biases of a token up in this order.
+        lengths = list(dict.fromkeys(len(sequence) for sequence, _ in self.sequence_bias))
         biases = [Listed(Rule.EARLY_BIAS, *pair) for pair in self.sequence_bias]
         biases.sort(key=lambda listed: (listed.tokens[-1], len(listed.tokens) > 1, lengths.index(len(listed.tokens))))
         entries = Counter(listed.tokens[-1] for listed in biases)

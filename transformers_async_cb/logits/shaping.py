@@ -75,9 +75,11 @@ class Shaping(NamedTuple):
                 f"{SHAPING_WORDS - HEAD_WORDS}: {TOKEN_WORDS} for each token, {SEQUENCE_WORDS} and its length for "
                 "each sequence of several"
             )
+        numbers = (self.prompt_length, self.shortest, self.ngram, self.begin, self.forced_first, self.forced_last_at)
         head = (
             _bits(self.repetition_penalty), _bits(self.presence_penalty), _bits(self.frequency_penalty),
-            *self[:1], *self[4:9], len(self.tokens), start_of_sequences, HEAD_WORDS + len(lists),
+            *(min(number, 2**31 - 1) for number in numbers),
+            len(self.tokens), start_of_sequences, HEAD_WORDS + len(lists),
         )  # fmt: skip
         return np.array([*head, *[0] * (HEAD_WORDS - len(head)), *lists], np.int32)
 
@@ -92,9 +94,8 @@ class Shaping(NamedTuple):
             of_it = words[at + 3 : at + 3 + words[at + 2]].tolist()
             sequences.append(Listed(Rule(words[at] >> 1), tuple(of_it), float(floats[at + 1])))
             at += SEQUENCE_WORDS + len(of_it)
-        return cls(
-            int(words[3]), *floats[:3].tolist(), *words[4:9].tolist(), tokens=tuple(tokens), sequences=tuple(sequences)
-        )
+        prompt_length, *numbers = words[3:9].tolist()
+        return cls(prompt_length, *floats[:3].tolist(), *numbers, tuple(tokens), tuple(sequences))
 
 
 class Tables(NamedTuple):

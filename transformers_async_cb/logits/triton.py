@@ -41,7 +41,8 @@ def _shape_kernel(
     logits, row_stride, token_stride, vocabulary, shaped, rows, lengths, sequences,
     history, history_stride, shapings, stride, counts, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits written under one rule are read under the next by other threads: hence a barrier after each."""
+    """The order of the reference. What is written under one rule is read under the next by other threads: hence the
+    barriers, but between rules that both ban."""
     counts += tl.program_id(0).to(tl.int64) * vocabulary
     for item in range(tl.program_id(0), sequences, tl.num_programs(0)):
         sequence = tl.load(shaped + item).to(tl.int64)
