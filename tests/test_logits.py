@@ -16,6 +16,7 @@ from transformers_async_cb.logits import SHAPING_WORDS, Listed, LogitsSettings, 
 
 
 OVERLAP = pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EOS_IDS = [3, 17, 31, 50, 77, 90]
 
 SETTINGS: list[dict[str, Any]] = [
@@ -293,13 +294,15 @@ def test_the_models_own_settings_hold() -> None:
 
 
 def check_kernel(device: str, vocabulary: int, positions: int) -> int:
-    """The kernel against the reference on the CPU, all settings in one step; returns the number of sequences."""
+    """The kernel against the reference on the CPU, all settings in one step; returns the number of sequences.
+
+    Not in bfloat16 in the interpreter, which cuts float32 off where GPUs round."""
     from transformers_async_cb.logits import reference as right
     from transformers_async_cb.logits import triton
 
     own: list[dict[str, Any]] = [{}, {"presence_penalty": 1.5}, {"frequency_penalty": 0.3, "logit_bias": {8: 2.5}}, {}]
     checked = 0
-    for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+    for seed, dtype in enumerate((torch.float32, torch.float16) if device == "cpu" else DTYPES):
         sequences, shapings = [], []
         for i, settings in enumerate([*SETTINGS, None, *SETTINGS]):
             prompt_length = 1 if i % 5 == 0 else 5 + i
@@ -312,17 +315,20 @@ def check_kernel(device: str, vocabulary: int, positions: int) -> int:
         logits = torch.randn(len(sequences), vocabulary, generator=torch.Generator().manual_seed(seed)) * 4
         logits = logits.to(dtype)
         tables, step = tables_of(sequences, shapings, positions), step_of(sequences, shapings)
-        on_device = logits.to(device)
+        before, on_device = logits.clone(), logits.to(device, copy=True)
         triton.shape(on_device, Tables(*(x.to(device) for x in tables)), *(x.to(device) for x in step))
         right.shape(logits, tables, *step)
         wrong = (on_device.cpu() != logits).nonzero()
         assert not len(wrong), (dtype, wrong[:5].tolist())
+        changed = (before != logits).any(1)
+        assert [i for i, shaping in enumerate(shapings) if shaping is None and changed[i]] == []
+        assert changed.sum() > len(SETTINGS)
         checked += len(sequences)
     return checked
 
 
 def test_the_kernel_does_what_the_reference_does() -> None:
-    assert run_in_interpreter(__file__).split()[-1] == f"checked:{3 * (2 * len(SETTINGS) + 1)}"
+    assert run_in_interpreter(__file__).split()[-1] == f"checked:{2 * (2 * len(SETTINGS) + 1)}"
 
 
 @pytest.mark.gpu
