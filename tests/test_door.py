@@ -49,16 +49,13 @@ BAD_PROMPTS = [
 BAD_LIMITS = [0, -1, 2.5, "7", True, [3], float("inf")]
 
 UNSUPPORTED_SETTINGS = [
-    {"num_beams": 2}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2},
-    {"bad_words_ids": [[1]]}, {"min_new_tokens": 3}, {"min_length": 9}, {"forced_eos_token_id": 3},
-    {"forced_bos_token_id": 3}, {"suppress_tokens": [4]}, {"begin_suppress_tokens": [4]},
-    {"sequence_bias": {(1,): -1.0}}, {"encoder_repetition_penalty": 1.5}, {"guidance_scale": 2.0},
+    {"num_beams": 2}, {"encoder_repetition_penalty": 1.5}, {"guidance_scale": 2.0},
     {"exponential_decay_length_penalty": (5, 1.1)}, {"token_healing": True},
     {"remove_invalid_values": True}, {"output_scores": True, "return_dict_in_generate": True},
     {"output_logits": True, "return_dict_in_generate": True},
     {"output_hidden_states": True, "return_dict_in_generate": True},
     {"output_attentions": True, "return_dict_in_generate": True},
-    {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "min_p": 0.1}, {"do_sample": True, "typical_p": 0.5},
+    {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "typical_p": 0.5},
     {"do_sample": True, "epsilon_cutoff": 0.1}, {"do_sample": True, "eta_cutoff": 0.1},
     {"do_sample": True, "num_return_sequences": 2}, {"watermarking_config": {"greenlist_ratio": 0.3}},
 ]  # fmt: skip
@@ -237,8 +234,8 @@ class TestSettingsThatAreNotSupported:
 
     def test_are_refused_when_only_the_models_own_config_has_them(self, engines) -> None:
         model = new_model("llama")
-        model.generation_config.repetition_penalty = 1.3
-        with pytest.raises(ValueError, match=r"repetition_penalty=1.3"):
+        model.generation_config.num_beams = 2
+        with pytest.raises(ValueError, match=r"num_beams=2"):
             batch(model, [PROMPT], greedy(3))
         assert engines == []
 
@@ -263,18 +260,37 @@ class TestSettingsThatAreNotSupported:
             call(model)
         nothing_ran(model, engines)
 
-    @pytest.mark.parametrize("settings", [{"temperature": 0.5}, {"top_k": 3}, {"do_sample": True}, {"nonsense": 1}])
-    def test_include_those_of_a_single_request(self, model, settings: dict[str, Any]) -> None:
-        with model.continuous_batching_context_manager(greedy(3), async_batching=True) as manager:
-            with pytest.raises(ValueError, match=next(iter(settings))):
-                manager.add_request(PROMPT, **settings)
+    @pytest.mark.parametrize("settings", [
+        {"nonsense": 1}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.0}, {"max_length": 4},
+        {"max_length": "9"}, {"seed": 1.5}, {"seed": True}, {"generation_config": {"top_k": 1}},
+        {"generation_config": GenerationConfig(num_beams=2), "num_beams": 3},
+    ], ids=str)  # fmt: skip
+    def test_of_a_single_request_are_refused_by_a_running_manager_and_the_others_go_on(
+        self, model, settings: dict[str, Any]
+    ) -> None:
+        with model.continuous_batching_context_manager(async_batching=True) as manager:
+            with pytest.raises(ValueError, match=f"request odd.*{list(settings)[-1]}"):
+                manager.add_request(PROMPT, request_id="odd", **settings)
             output = manager.get_result(manager.add_request(PROMPT), PATIENCE)
-        assert output.generated_tokens == answer(PROMPT, greedy(3))
+        assert output.generated_tokens == answer(PROMPT, greedy(20))
+
+    def test_of_one_of_many_configs_keep_the_whole_call_from_running(self, model, engines) -> None:
+        with pytest.raises(ValueError, match=r"request req_1: num_beams=2"):
+            batch(model, [PROMPT] * 3, [greedy(3), GenerationConfig(num_beams=2), greedy(3)])
+        nothing_ran(model, engines)
+
+    @pytest.mark.parametrize("configs", [0, 2, 4])
+    def test_include_configs_of_another_number_than_prompts(self, model, engines, configs: int) -> None:
+        with pytest.raises(ValueError, match=f"{configs} generation configs for 3 prompts"):
+            batch(model, [PROMPT] * 3, [greedy(3)] * configs)
+        nothing_ran(model, engines)
 
     @pytest.mark.parametrize("settings, reason", [
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"do_sample": True, "top_p": 0.0}, "top_p"),
         ({"do_sample": True, "top_k": -3}, "top_k"),
+        ({"do_sample": True, "min_p": 1.5}, "min_p"),
+        ({"do_sample": True, "min_p": -0.1}, "min_p"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
     ], ids=str)  # fmt: skip

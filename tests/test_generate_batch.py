@@ -303,6 +303,72 @@ class TestRequestsThatCannotFit:
         assert output.generated_tokens == reference(model, prompt, greedy(13))
 
 
+class TestSettingsOfASingleRequest:
+    @OVERLAP
+    def test_hold_for_it_alone(self, overlap: bool) -> None:
+        """Greedy and sampled requests in the same steps, each with its limit; a top-k of 1 is greedy."""
+        model, prompts = shared_model("llama"), random_prompts(12, longest=40, seed=8)
+        settings = [
+            {}, {"do_sample": True, "top_k": 1, "temperature": 3.0}, {"do_sample": True, "temperature": 5.0},
+            {"max_length": 50, "max_new_tokens": None}, {"generation_config": greedy(5)},
+            {"do_sample": True, "min_p": 1.0},
+        ]  # fmt: skip
+        with model.continuous_batching_context_manager(
+            greedy(9), async_batching=AsyncBatchingConfig(overlap=overlap)
+        ) as manager:
+            ids = [
+                manager.add_request(prompt, **(settings[i % 6] | ({"max_new_tokens": 7} if i % 6 == 2 else {})))
+                for i, prompt in enumerate(prompts)
+            ]
+            answers = [manager.get_result(request_id).generated_tokens for request_id in ids]
+        for i, (prompt, tokens) in enumerate(zip(prompts, answers, strict=True)):
+            limit = (9, 9, 7, 9, 5, 9)[i % 6]
+            assert (tokens == reference(model, prompt, greedy(limit))) == (i % 6 != 2)
+            assert len(tokens) == limit
+
+    @OVERLAP
+    def test_may_come_as_a_list_of_configs(self, overlap: bool) -> None:
+        model, prompts = shared_model("qwen3"), random_prompts(6, longest=40, seed=9)
+        configs = [
+            greedy(4), GenerationConfig(max_length=50, pad_token_id=0), greedy(12, EOS_IDS), greedy(1), greedy(12),
+            GenerationConfig(pad_token_id=0),
+        ]  # fmt: skip
+        outputs = model.generate_batch(
+            prompts, generation_config=configs, async_batching=AsyncBatchingConfig(overlap=overlap)
+        )
+        expected = [reference(model, prompt, config) for prompt, config in zip(prompts, configs, strict=True)]
+        assert [output.generated_tokens for output in outputs.values()] == expected
+
+    def test_go_before_the_managers_as_keywords_go_before_configs(self) -> None:
+        model, prompt = shared_model("llama"), [4, 5, 6]
+        configs = [greedy(4), greedy(6)]
+        outputs = model.generate_batch([prompt] * 2, generation_config=configs, max_new_tokens=2, async_batching=True)
+        assert [output.generated_tokens for output in outputs.values()] == [reference(model, prompt, greedy(2))] * 2
+        assert [config.max_new_tokens for config in configs] == [4, 6]
+
+    def test_are_merged_with_the_models_own(self) -> None:
+        model = new_model("llama")
+        whole = reference(shared_model("llama"), [4, 5, 6], greedy(9))
+        model.generation_config.eos_token_id = whole[4]
+        with model.continuous_batching_context_manager(greedy(9, whole[2]), async_batching=True) as manager:
+            request_id = manager.add_request([4, 5, 6], generation_config=GenerationConfig(max_new_tokens=8))
+            assert manager.get_result(request_id).generated_tokens == whole[: whole.index(whole[4]) + 1]
+
+    def test_include_a_seed_that_decides_alone_what_is_sampled(self) -> None:
+        model, prompt = shared_model("llama"), [1, 2, 3]
+        config = GenerationConfig(do_sample=True, temperature=2.0, max_new_tokens=10)
+
+        def drawn(seeds: list[int | None], **ids: str) -> list[list[int]]:
+            with model.continuous_batching_context_manager(config, async_batching=True) as manager:
+                ids = [manager.add_request(prompt, seed=seed, **ids) for seed in seeds]
+                return [manager.get_result(request_id).generated_tokens for request_id in ids]
+
+        alone = drawn([5], request_id="any")
+        beside = drawn([3, 5, None, 5, -1, 2**80])
+        assert beside[1] == beside[3] == alone[0]
+        assert len({tuple(tokens) for tokens in beside}) == 5
+
+
 class TestSampling:
     @staticmethod
     def tokens(
@@ -356,6 +422,7 @@ class TestSampling:
             {"top_k": 5, "temperature": 3.0},
             {"top_k": 0, "top_p": 0.8, "temperature": 2.0},
             {"top_k": 12, "top_p": 0.7, "temperature": 4.0},
+            {"top_k": 0, "min_p": 0.05, "temperature": 3.0},
             {},  # generate's own top_k of 50
         ],
         ids=str,

@@ -1099,3 +1099,50 @@ class TestSurroundings:
                     pass
             request_id = manager.add_request(PROMPT)
             assert ended(manager.get_result(request_id, PATIENCE)).generated_tokens == generates(PROMPT, greedy(8))
+
+
+class TestPriorities:
+    def test_go_before_arrival_among_those_that_wait(self, llama) -> None:
+        manager = llama.init_continuous_batching(
+            greedy(8), batching(max_requests_per_batch=1, max_batch_tokens=32), async_batching=True
+        )
+        for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 5)):
+            manager.add_request([1, 2, 3], request_id=name, priority=priority)
+        manager.start()
+        assert [manager.get_result().request_id for _ in range(4)] == ["b", "d", "a", "c"]
+        manager.stop()
+
+    def test_that_are_no_integers_are_refused(self, llama) -> None:
+        manager = llama.init_continuous_batching(greedy(8), async_batching=True)
+        for priority in ("high", 1.5, None, True):
+            with pytest.raises(ValueError, match="request mine: priority must be an integer"):
+                manager.add_request([1, 2, 3], request_id="mine", priority=priority)
+        manager.stop()
+
+
+class TestDeadlines:
+    def test_end_a_request_with_what_it_has_and_leave_others_alone(self, llama) -> None:
+        with llama.continuous_batching_context_manager(greedy(4), async_batching=True) as manager:
+            late = manager.add_request([1, 2, 3], max_new_tokens=100_000, deadline=0.3)
+            in_time = manager.add_request([1, 2, 3], deadline=3600)
+            output = manager.get_result(late)
+            assert output.error == f"request {late} was not finished by its deadline, 0.3 s"
+            assert 0 < len(output.generated_tokens) < 100_000
+            assert manager.get_result(in_time).generated_tokens == reference(llama, [1, 2, 3], greedy(4))
+
+    def test_end_a_request_that_waits(self, llama) -> None:
+        manager = llama.init_continuous_batching(
+            greedy(4), batching(max_requests_per_batch=1, max_batch_tokens=32), async_batching=True
+        )
+        manager.add_request([1, 2, 3], request_id="long", max_new_tokens=100_000)
+        manager.add_request([1, 2, 3], request_id="late", deadline=0.2)
+        manager.start()
+        assert "was not finished by its deadline" in manager.get_result("late").error
+        manager.stop(hard_stop=True)
+
+    def test_that_are_no_seconds_are_refused(self, llama) -> None:
+        manager = llama.init_continuous_batching(greedy(8), async_batching=True)
+        for deadline in ("soon", -1, float("nan"), True):
+            with pytest.raises(ValueError, match="request mine: deadline must be a number of seconds"):
+                manager.add_request([1, 2, 3], request_id="mine", deadline=deadline)
+        manager.stop()

@@ -14,16 +14,16 @@ SAMPLED, FILTERED, LOGPROBS = Flavour(sampled=True), Flavour(True, True), Flavou
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def parameters_of(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=None, seed: int = 0) -> Parameters:
+def parameters_of(rows: int, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed: int = 0) -> Parameters:
     """The same for all rows, but for the seeds."""
     g = torch.Generator().manual_seed(seed)
     seeds = torch.randint(-(2**31), 2**31, (2, rows), generator=g, dtype=torch.int32)
     return Parameters(
         torch.full((rows,), temperature),
         torch.full((rows,), top_p),
+        torch.full((rows,), min_p),
         torch.full((rows,), top_k, dtype=torch.int32),
         *seeds,
-        None if min_p is None else torch.full((rows,), min_p),
     )
 
 
@@ -35,7 +35,7 @@ def random_parameters(rows: int, generator: torch.Generator) -> Parameters:
         temperature=one_of(0.0, 0.3, 0.7, 1.0, 2.0, 5.0),
         top_p=one_of(1.0, 1.0, 0.01, 0.5, 0.9, 0.99, 0.9999),
         top_k=one_of(0, 0, 1, 2, 20, 50, 900, 2**31 - 1).int(),
-        min_p=one_of(0.0, 0.0, 0.05, 0.5, 1.0) if torch.rand((), generator=generator) < 0.5 else None,
+        min_p=one_of(0.0, 0.0, 0.0, 0.05, 0.5, 1.0),
     )
 
 
@@ -147,16 +147,16 @@ class TestTheDraw:
         ids, logprobs = pick(logits, parameters, positions_of(300), LOGPROBS)
         for row in (0, 1, 127, 128, 299):
             only = slice(row, row + 1)
-            alone = Parameters(*(None if column is None else column[only] for column in parameters))
+            alone = Parameters(*(column[only] for column in parameters))
             id_, logprob = pick(logits[only], alone, positions_of(300)[only], LOGPROBS)
             assert id_ == ids[only]
             torch.testing.assert_close(logprob, logprobs[only], rtol=0, atol=1e-6)
 
     def test_reads_parameters_from_the_table_of_the_runner(self) -> None:
-        expected = parameters_of(4, 0.7, 0.9, 30)
-        table = torch.stack([column.view(torch.int32) for column in expected[:PARAMETER_WORDS]], 1)
-        for column, other in zip(Parameters.from_table(table), expected, strict=True):
-            assert column is other or torch.equal(column, other)
+        expected = parameters_of(4, 0.7, 0.9, 30, 0.1)
+        table = torch.stack([column.view(torch.int32) for column in expected], 1)
+        assert table.shape[1] == PARAMETER_WORDS
+        assert all(map(torch.equal, Parameters.from_table(table), expected))
 
     @pytest.mark.parametrize("settings", [{}, {"temperature": 0.5, "top_k": 9, "top_p": 0.8}], ids=str)
     def test_has_the_log_probability_of_what_it_was_drawn_from(self, settings: dict) -> None:
@@ -212,15 +212,11 @@ def check_kernels(device: str, sizes: list[tuple[int, int]], dtypes: tuple[torch
                 if cases % 4 == 0:  # likely tokens beside each other, and many that may be drawn
                     logits[rows // 2, vocabulary // 3 :] = 8
                 parameters = random_parameters(rows, generator)
-                table = torch.stack([c.view(torch.int32) for c in parameters[:PARAMETER_WORDS]], 1).to(device)
+                table = torch.stack([column.view(torch.int32) for column in parameters], 1).to(device)
                 on_device = Parameters.from_table(table)
-                if parameters.min_p is not None:
-                    spread = torch.zeros(rows, PARAMETER_WORDS, device=device)
-                    spread[:, 0] = parameters.min_p.to(device)
-                    on_device = on_device._replace(min_p=spread[:, 0])
                 ids, logprobs = triton.pick(logits.to(device), on_device, positions_of(rows).to(device), flavour)
                 if rows * vocabulary > 2**20:
-                    there = [x if x is None else x.to(device) for x in (logits, *parameters, positions_of(rows))]
+                    there = [x.to(device) for x in (logits, *parameters, positions_of(rows))]
                     logits, parameters, positions = there[0], Parameters(*there[1:-1]), there[-1]
                 else:
                     positions, ids = positions_of(rows), ids.cpu()

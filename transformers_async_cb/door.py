@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterable
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .model import ModelLoan
 from .prompts import Prompt, encode
@@ -16,10 +20,12 @@ from .request import Request, Sampling
 from .settings import (
     GenerationSettings,
     check_max_new_tokens,
-    check_max_time,
+    check_priority,
+    check_seconds,
     check_stop_strings,
     check_stopping_criteria,
     eos_ids,
+    resolve_generation,
 )
 from .stop_strings import StopStrings, TokenTexts
 
@@ -36,7 +42,7 @@ class Door:
     """
 
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
-        self.generation: GenerationSettings | None = None
+        self._model = loan.model
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._criteria: tuple[Callable, ...] = ()
         self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
@@ -50,14 +56,21 @@ class Door:
 
     def configure(
         self,
-        generation: GenerationSettings,
+        config: GenerationConfig | None,
+        overrides: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase | None,
         stopping_criteria: list[Callable] | None,
     ) -> None:
-        """Take the settings of the requests that come from now on, or none of them if one is not valid."""
+        """Take the settings of the requests that are checked from now on, or none of them if one is not valid.
+
+        Raises:
+            ValueError: see `resolve_generation`.
+        """
+        generation = resolve_generation(self._model, config, overrides)
         criteria = check_stopping_criteria(stopping_criteria, "the call")
         self._stop_strings("generation_config", generation.stop_strings, tokenizer)
-        self.generation, self._tokenizer, self._criteria = generation, tokenizer, criteria
+        self._generation, self._tokenizer, self._criteria = generation, tokenizer, criteria
+        self._config, self._overrides = copy.deepcopy(config), copy.deepcopy(overrides)
 
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
@@ -71,7 +84,7 @@ class Door:
     def check(
         self,
         request_ids: Iterable[str],
-        inputs: Iterable[Prompt],
+        inputs: Sequence[Prompt],
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
@@ -79,44 +92,60 @@ class Door:
         stop_strings: str | list[str] | None = None,
         max_time: float | None = None,
         stopping_criteria: list[Callable] | None = None,
+        generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        seed: int | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
         **per_request: Any,
     ) -> list[Request]:
-        """The requests, of which none is let in yet.
+        """The requests, of which none is let in yet. `generation_config` is one for all, or a sequence of as many.
 
         Raises:
             ValueError: one is not valid; the message names the request and what is allowed.
         """
-        if per_request:
-            raise ValueError(f"settings of a single request are not supported yet: {sorted(per_request)}")
-        requests = []
-        for request_id, input_ids in zip(request_ids, inputs, strict=True):
+        if not isinstance(generation_config, Sequence):
+            generation_config = itertools.repeat(generation_config, len(inputs))
+        elif len(generation_config) != len(inputs):
+            raise ValueError(
+                f"there are {len(generation_config)} generation configs for {len(inputs)} prompts: give one for each, "
+                "or one for all"
+            )
+        requests, now = [], time.perf_counter()
+        resolved: dict[int, GenerationSettings] = {}
+        for request_id, input_ids, config in zip(request_ids, inputs, generation_config, strict=True):
             name = f"request {request_id}"
+            if (settings := resolved.get(id(config))) is None:
+                settings = resolved[id(config)] = self._resolve(name, config, per_request)
             if request_id in self.live:
                 raise ValueError(f"{name}: this id is in use, choose another or wait for its result")
             tokens = self._prompt(name, input_ids)
             if max_new_tokens is None:
-                limit = self.generation.new_tokens(len(tokens), self._stated_positions, name)
+                limit = settings.new_tokens(len(tokens), self._stated_positions, name)
             else:
                 check_max_new_tokens(max_new_tokens, name)
                 limit = max_new_tokens
-            strings = self.generation.stop_strings if stop_strings is None else check_stop_strings(stop_strings, name)
+            strings = settings.stop_strings if stop_strings is None else check_stop_strings(stop_strings, name)
             if stopping_criteria is None:
                 criteria = self._criteria
             else:
                 criteria = check_stopping_criteria(stopping_criteria, name)
+            eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
             requests.append(
                 Request(
                     id=request_id,
                     tokens=tokens,
                     prompt_length=len(tokens),
                     max_new_tokens=limit,
-                    sampling=self._sampling(request_id),
-                    eos_ids=self.generation.eos_ids if eos_token_id is None else eos_ids(eos_token_id),
+                    sampling=self._sampling(request_id, settings.sampling, seed),
+                    eos_ids=eos,
                     stop_strings=self._stop_strings(name, strings, self._tokenizer),
-                    max_time=self.generation.max_time if max_time is None else check_max_time(max_time, name),
+                    max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
                     stopping_criteria=criteria,
+                    shaping=self._shaping(name, settings, len(tokens), limit, eos),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
+                    priority=check_priority(priority, name),
+                    deadline=now + check_seconds(deadline, "deadline", name),
                     arrival=self._arrivals + len(requests),
                 )
             )
@@ -134,14 +163,42 @@ class Door:
         for request_id in request_ids:
             self.live.pop(request_id, None)
 
-    def _sampling(self, request_id: str) -> Sampling:
-        if not self.generation.temperature:
-            return Sampling()
-        if self._seed is None:
+    def _resolve(self, name: str, config: GenerationConfig | None, per_request: dict[str, Any]) -> GenerationSettings:
+        """The settings of a request that has a config, or keyword arguments, of its own."""
+        if config is None and not per_request:
+            return self._generation
+        if config is not None and not isinstance(config, GenerationConfig):
+            raise ValueError(f"{name}: generation_config must be a GenerationConfig, not {type(config).__name__}")
+        try:
+            return resolve_generation(
+                self._model, self._config if config is None else config, self._overrides | per_request
+            )
+        except (ValueError, TypeError) as error:  # which transformers raises where it compares with a number
+            raise ValueError(f"{name}: {error}") from error
+
+    def _sampling(self, request_id: str, sampling: Sampling, seed: int | None) -> Sampling:
+        """With the seed: from the request's own alone, or from everybody's and the request's id."""
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise ValueError(f"request {request_id}: seed must be an integer, got {seed!r}")
+        if not sampling.temperature:
+            return sampling
+        if seed is None and self._seed is None:
             self._seed = int(torch.randint(2**62, (), device="cpu"))
-        digest = hashlib.blake2b(f"{self._seed}:{request_id}".encode(), digest_size=8).digest()
-        seed = int.from_bytes(digest, "little")
-        return Sampling(self.generation.temperature, self.generation.top_k, self.generation.top_p, seed)
+        origin = f"{self._seed}:{request_id}" if seed is None else str(seed)
+        digest = hashlib.blake2b(origin.encode(), digest_size=8).digest()
+        return sampling._replace(seed=int.from_bytes(digest, "little"))
+
+    @staticmethod
+    def _shaping(
+        name: str, settings: GenerationSettings, prompt_length: int, limit: int, eos: tuple[int, ...]
+    ) -> np.ndarray | None:
+        if settings.logits is None:
+            return None
+        shaping = settings.logits.shaping(prompt_length, prompt_length + limit, eos)
+        try:
+            return None if shaping is None else shaping.words()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def _stop_strings(
         self, name: str, strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None

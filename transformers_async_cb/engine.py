@@ -144,7 +144,7 @@ class Engine:
         if self.recorder is not None:
             take, step = self.recorder.around(self.steps, take, step)
         self.lanes.launch(
-            slot, self.runner.words(key.bucket), rows * 2 if self.settings.logprobs else rows, take=take, step=step
+            slot, self.runner.words(key), rows * 2 if self.settings.logprobs else rows, take=take, step=step
         )
         self._lap("launch")
         self.steps += 1

@@ -105,7 +105,7 @@ def destroy_cached_manager(model: PreTrainedModel) -> None:
 def generate_batch(
     model: PreTrainedModel,
     inputs: Sequence[Prompt] | torch.Tensor | Mapping[str, Any],
-    generation_config: GenerationConfig | None = None,
+    generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
     continuous_batching_config: ContinuousBatchingConfig | None = None,
     record_timestamps: bool = False,
     progress_bar: bool = False,
@@ -121,7 +121,8 @@ def generate_batch(
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
 
     Args are those of transformers' `generate_batch`, and `tokenizer` and `stopping_criteria` as for `model.generate`
-    (see `AsyncBatchingManager`); other keyword arguments are generation settings, as for `model.generate`.
+    (see `AsyncBatchingManager`); but `generation_config` may also be a list with one for each input. Other keyword
+    arguments are generation settings, as for `model.generate`, and hold for all.
 
     `inputs` may be a padded batch of token ids `[B, T]` with its `attention_mask`, a dictionary of both, or, with a
     `tokenizer`, texts and chats.
@@ -133,6 +134,9 @@ def generate_batch(
     prompts = one_by_one(inputs, attention_mask)
     if len(prompts) == 0:
         return {}
+    configs = generation_config if isinstance(generation_config, Sequence) else None
+    if configs is not None:
+        generation_config = configs[0] if configs else None
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
     with nullcontext() if cached is None else cached.claimed():
         manager = init_continuous_batching(
@@ -140,7 +144,7 @@ def generate_batch(
             tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
-        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps)
+        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps, generation_config=configs)
         manager.size_for_pending()
         try:
             manager.start()

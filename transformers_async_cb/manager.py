@@ -26,7 +26,7 @@ from .engine import Engine
 from .mailbox import Mailbox, Outbox
 from .model import ModelLoan
 from .prompts import Prompt
-from .settings import Workload, check_batching, resolve_engine, resolve_generation
+from .settings import Workload, check_batching, resolve_engine
 
 
 logger = logging.get_logger(__name__)
@@ -94,8 +94,7 @@ class AsyncBatchingManager:
         stopping_criteria: list[StoppingCriteria] | None = None,
     ) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        generation = resolve_generation(self.model, generation_config, overrides or {})
-        self._door.configure(generation, tokenizer, stopping_criteria)
+        self._door.configure(generation_config, overrides or {}, tokenizer, stopping_criteria)
 
     def take_up(
         self,
@@ -306,7 +305,8 @@ class AsyncBatchingManager:
         stopping_criteria: list[StoppingCriteria] | None = None,
         **per_request: Any,
     ) -> str:
-        """Add one request.
+        """Add one request. Its own generation settings are merged as a call's are: keyword arguments go before a
+        config, the request's before the manager's, and the model's come last.
 
         Args:
             input_ids (`Prompt`): the prompt's token ids (a list, an array or a 1-D tensor); or, when the manager has a
@@ -321,6 +321,15 @@ class AsyncBatchingManager:
             max_time (`float`, *optional*): end the request with the first token that comes so many seconds after its
                 computation began, which is after any wait for room; the generation config's by default.
             stopping_criteria (`list[StoppingCriteria]`, *optional*): in place of the manager's.
+            generation_config (`GenerationConfig`, *optional*): in place of the manager's.
+            seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
+                `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
+            priority (`int`, *optional*): requests with a higher one go first, among those that wait for room; 0 by
+                default. It is the last to be preempted, too.
+            deadline (`float`, *optional*): seconds from now after which the request fails, finished or not.
+            per_request: any other generation setting, such as `do_sample=True, temperature=0.7`; and
+                `presence_penalty`, `frequency_penalty` and `logit_bias` (a dictionary from token ids to what is added
+                to their logits), which mean what they do in OpenAI's interface.
 
         Returns:
             The request's id.
@@ -347,7 +356,9 @@ class AsyncBatchingManager:
         record_timestamps: bool = False,
         **per_request: Any,
     ) -> list[str]:
-        """Add several requests: all of them, or none if one is not valid. See `add_request`."""
+        """Add several requests: all of them, or none if one is not valid. See `add_request`; settings hold for all,
+        but `generation_config` may be a list with one for each.
+        """
         with self._lock:
             request_ids = self._door.names(len(inputs))
             requests = self._door.check(

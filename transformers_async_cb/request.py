@@ -16,13 +16,23 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from .stop_strings import StopStrings, TokenTexts
 
 
+# Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
+MOST_FRESH = 256
+
+
 class Sampling(NamedTuple):
-    """How a request picks its tokens: a `temperature` of 0 means greedy, a `top_k` of 0 and a `top_p` of 1 off."""
+    """How a request picks its tokens: greedily at a `temperature` of 0. 0 turns `top_k` and `min_p` off, 1 `top_p`."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0  # 64 bits
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens may not be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +52,7 @@ class Request:
     stop_strings: StopStrings | None = None
     max_time: float = math.inf  # seconds from `started_time`
     stopping_criteria: tuple[Callable, ...] = ()
+    shaping: np.ndarray | None = None  # int32 [words], what is done to its logits
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -122,11 +133,12 @@ class Rows:
         self.in_flight = np.zeros(count, np.int8)  # steps launched and not yet retired
         self.streaming = np.zeros(count, bool)
         self.sampled = np.zeros(count, bool)  # not greedy
-        self.filtered = np.zeros(count, bool)  # top-k or top-p
+        self.filtered = np.zeros(count, bool)  # top-k, top-p or min-p
+        self.shaped = np.zeros(count, bool)  # something is done to their logits
         self.eos = np.full((count, 1), -1, np.int32)
         self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
         self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
-        self.deadline = np.zeros(count, np.float64)  # the token that comes after it is the last, `time.perf_counter`
+        self.time_up = np.zeros(count, np.float64)  # the token that comes after it is the last, `time.perf_counter`
         self.asks = np.zeros(count, bool)  # criteria of the user's
         self.page_count = np.zeros(count, np.int64)
         self.full_pages = np.zeros(count, np.int64)  # the first so many others may find
@@ -156,7 +168,8 @@ class Rows:
         self.limit[row] = limit
         self.streaming[row] = request.streaming
         self.sampled[row] = request.sampling.temperature > 0
-        self.filtered[row] = self.sampled[row] and (request.sampling.top_k > 0 or request.sampling.top_p < 1)
+        self.filtered[row] = request.sampling.filtered
+        self.shaped[row] = request.shaping is not None
         if len(request.eos_ids) > self.eos.shape[1]:
             grown = np.full((self.count, len(request.eos_ids)), -1, np.int32)
             grown[:, : self.eos.shape[1]] = self.eos
@@ -176,7 +189,7 @@ class Rows:
                 self.timestamps = np.zeros(self.tokens.shape, np.float64)
             self.timestamps[row, request.prompt_length : known] = request.timestamps
         request.start()
-        self.deadline[row] = request.started_time + request.max_time
+        self.time_up[row] = request.started_time + request.max_time
         return row
 
     def append(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None, now: float) -> None:

@@ -15,6 +15,7 @@ from .gpu import side_by_side, starts_early
 from .graphs import Graphs, StepKey
 from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
+from .logits import SHAPING_WORDS, Tables, shape
 from .model import ModelLoan
 from .pages import Pages
 from .request import Rows
@@ -83,7 +84,7 @@ class Runner:
         kv_heads = max(shape.kv_heads for shape in shapes.values())
         self.programs = max(1, side_by_side(self.device) // kv_heads)
         largest = Bucket(settings.token_budget, rows.count, False)
-        self.words_in = self.words(largest)
+        self.words_in = self.words(StepKey(largest, Flavour(shaped=True)))
         self.words_out = rows.count * (2 if self.with_logprobs else 1)
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
@@ -92,6 +93,7 @@ class Runner:
         self.page_table = torch.full((rows.count + 1, columns), Pages.PADDING, **on_device)
         self.last_tokens = torch.zeros(rows.count + 1, **on_device)
         self.parameters = torch.zeros(rows.count + 1, PARAMETER_WORDS, **on_device)
+        self.tables: Tables | None = None  # made when a request first shapes its logits
         self.counters = torch.zeros(rows.count * kv_heads, **on_device)
 
         self.layers = {
@@ -138,15 +140,19 @@ class Runner:
             else:
                 tokens = self.token_buckets[np.searchsorted(self.token_buckets, tokens)]
                 rows = next(size for size in self.mixed_rows if size >= rows)
-        flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs)
+        flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs, plan.shaped)
         return self.graphs.choose(StepKey(Bucket(tokens, rows, decode_only), flavour))
 
-    def words(self, bucket: Bucket) -> int:
-        return bucket.words(self.page_size, self.programs)
+    def words(self, key: StepKey) -> int:
+        """Of the packed inputs of a step."""
+        return key.bucket.words(self.page_size, self.programs, key.flavour.shaped)
+
+    def arrays(self, key: StepKey, buffer: np.ndarray | torch.Tensor) -> StepArrays:
+        return StepArrays.of(buffer, key.bucket.sizes(self.page_size, self.programs, key.flavour.shaped))
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included."""
-        a = StepArrays.of(buffer, key.bucket.sizes(self.page_size, self.programs))
+        a = self.arrays(key, buffer)
         r, decodes, sequences, padding = self.rows, plan.decodes, len(plan.rows), self.padding_row
         a.ids[:decodes] = -1 - plan.rows[:decodes]
         a.positions[:decodes] = plan.starts[:decodes]
@@ -184,18 +190,34 @@ class Runner:
         parameters[len(plan.fresh) :] = 0
         for line, row in zip(parameters, plan.fresh, strict=False):
             sampling = r.request[row].sampling
-            line.view(np.float32)[:2] = sampling.temperature, sampling.top_p
-            line[2:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
+            line.view(np.float32)[:3] = sampling.temperature, sampling.top_p, sampling.min_p
+            line[3:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
+        if key.flavour.shaped:
+            self._stage_shaped(plan, a)
+
+    def _stage_shaped(self, plan: Plan, a: StepArrays) -> None:
+        r = self.rows
+        shaped = np.flatnonzero(r.shaped[plan.rows] & plan.samples)
+        a.shaped[: len(shaped)] = shaped
+        a.shaped[len(shaped) :] = -1
+        newly_shaped = [row for row in plan.fresh if r.shaped[row]]
+        a.newly_shaped[: len(newly_shaped)] = newly_shaped
+        a.newly_shaped[len(newly_shaped) :] = self.padding_row
+        for line, row in zip(a.shapings.reshape(-1, SHAPING_WORDS), newly_shaped, strict=False):
+            words = r.request[row].shaping
+            line[: len(words)] = words
 
     # ------------------------------------------------------------------------------------------------ device
 
     def take(self, key: StepKey, slot: Slot) -> None:
         """Copy a slot's inputs to where captured steps read them."""
-        words = self.words(key.bucket)
+        words = self.words(key)
         self.static_in[:words].copy_(slot.device_in[:words], non_blocking=True)
 
     def step(self, key: StepKey, slot: Slot) -> None:
         """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`."""
+        if key.flavour.shaped and self.tables is None:
+            self.tables = Tables.of(self.rows.count, self.page_table.shape[1] * self.page_size, self.device)
         self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._compute(key))
         for part in range(2 if self.with_logprobs else 1):
             at = part * key.bucket.rows
@@ -221,14 +243,17 @@ class Runner:
             self._compute(key)
 
     def _compute(self, key: StepKey) -> None:
-        a = StepArrays.of(self.static_in, key.bucket.sizes(self.page_size, self.programs))
-        ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens)
+        a = self.arrays(key, self.static_in)
+        tables = self.tables if key.flavour.shaped else None
+        ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens, tables)
         step = Step(
             self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
             self.counters, key.bucket.decode_only,
         )  # fmt: skip
         with computing(step, self.backend):
             logits = self.loan.forward(ids[None], positions[None], last)
+        if tables is not None:
+            shape(logits, tables, a.shaped, a.rows, a.lengths)
         parameters = Parameters.from_table(self.parameters[a.rows])
         ids, logprobs = pick(logits, parameters, a.lengths, key.flavour)
         self.last_tokens[a.stores] = ids

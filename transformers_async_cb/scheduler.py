@@ -13,14 +13,11 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from .inputs import SPARE_CELLS
 from .pages import Pages, extend_keys
-from .request import Phase, Request, Rows
+from .request import MOST_FRESH, Phase, Request, Rows
 
 
 # Pages that a request waits for, if another is computing them: fewer it computes itself.
 WORTH_WAITING = 4
-
-# Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
-MOST_FRESH = 256
 
 
 class Plan(NamedTuple):
@@ -35,7 +32,8 @@ class Plan(NamedTuple):
     cells: np.ndarray  # int64 [P] entries of the flat page table that change
     pages: np.ndarray  # int32 [P] what they become
     sampled: bool  # a row samples rather than takes the largest logit
-    filtered: bool  # a row samples with top-k or top-p
+    filtered: bool  # a row samples with top-k, top-p or min-p
+    shaped: bool  # something is done to the logits of a row
 
     @property
     def tokens(self) -> int:
@@ -157,7 +155,7 @@ class Scheduler:
         r.in_flight[rows] += 1
         return Plan(
             rows, starts, counts, samples, len(decoding), fresh, cells, pages,
-            bool(r.sampled[rows].any()), bool(r.filtered[rows].any()),
+            bool(r.sampled[rows].any()), bool(r.filtered[rows].any()), bool(r.shaped[rows].any()),
         )  # fmt: skip
 
     def _end_what_is_late(self, now: float) -> None:
@@ -180,7 +178,7 @@ class Scheduler:
 
     @staticmethod
     def _lateness(request: Request) -> str:
-        return f"request {request.id} was not finished by its deadline, {request.deadline - request.created_time:g} s"
+        return f"request {request.id} was not finished by its deadline, {request.deadline - request.created_time:.3g} s"
 
     def _decoding_rows(self) -> np.ndarray:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
@@ -280,7 +278,7 @@ class Scheduler:
                 )
                 continue
             found = np.empty(0, np.int32)
-            if self.reuse:
+            if self.reuse and request.shaping is None:  # which looks at all tokens, as they are computed
                 extend_keys(request.page_keys, request.tokens, self.pages.page_size)
                 keys = request.page_keys[: min(most_found, (tokens - 1) // self.pages.page_size)]
                 found = self.pages.find(keys)
@@ -368,7 +366,7 @@ class Scheduler:
     def _stopped(self, rows: np.ndarray, tokens: np.ndarray, now: float) -> np.ndarray:
         """Which of `rows` end with their last token, whatever their limit: bool `[rows]`."""
         r = self.rows
-        stopped = (r.eos[rows] == tokens[:, None]).any(1) | (now > r.deadline[rows])
+        stopped = (r.eos[rows] == tokens[:, None]).any(1) | (now > r.time_up[rows])
         if r.texts is not None:
             for i in np.flatnonzero((r.texts.letters(tokens) & r.last_letters[rows] != 0) & ~stopped):
                 row = rows[i]

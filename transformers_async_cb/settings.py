@@ -14,7 +14,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
+from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings
 from .model import ModelLoan
+from .request import Sampling
 
 
 # transformers' default page size, which we cannot tell from a user's own 256, and ours.
@@ -24,8 +26,8 @@ PAGE_SIZE = 16
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
 _HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "max_time", "do_sample", "temperature", "top_k",
-    "top_p",
-}  # fmt: skip
+    "top_p", "min_p",
+} | LOGITS_FIELDS  # fmt: skip
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
     "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "transformers_version",
@@ -33,12 +35,11 @@ _WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
     "max_matching_ngram_size", "is_assistant", "generation_kwargs", "prefill_chunk_size", "low_memory",
 }  # fmt: skip
-_ONLY_WHEN_SAMPLING = {"min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
+_ONLY_WHEN_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # What `generate` takes for a field that nobody has set, and other values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "min_length": (0,),
-    "min_new_tokens": (0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "min_p": (0.0,),
-    "repetition_penalty": (1.0,), "encoder_repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
+    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,), "renormalize_logits": (False, True),
 }  # fmt: skip
 
@@ -52,7 +53,7 @@ _UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
     "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
     "cpu_offload_space": ((0, None), "a preempted request is computed again"),
     "max_queue_size": ((0,), "the queue is not bounded yet"),
-    "per_request_processors": ((False,), "the sampling settings of one call hold for all its requests"),
+    "per_request_processors": ((False,), "add_request takes the settings of a request, but no processors"),
     "use_default_compile_configs": (
         (None, False),
         "AsyncBatchingConfig(compile_layers=...) decides that",
@@ -68,9 +69,8 @@ class GenerationSettings(NamedTuple):
     eos_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     max_time: float  # seconds
-    temperature: float  # 0 is greedy
-    top_k: int
-    top_p: float
+    sampling: Sampling  # all but the seed
+    logits: LogitsSettings | None
 
     def new_tokens(self, prompt_length: int, max_position_embeddings: int | None, name: str) -> int:
         """How many tokens a prompt may get, by `generate`'s rules.
@@ -100,7 +100,8 @@ def resolve_generation(
     """
     merged = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
     merged.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
-    unknown = merged.update(**overrides)
+    own = {name: value for name, value in overrides.items() if name in OWN_LOGITS_FIELDS}
+    unknown = merged.update(**{name: value for name, value in overrides.items() if name not in own})
     if unknown:
         raise ValueError(f"unknown keyword arguments: {sorted(unknown)} (a typo in a generation setting?)")
     do_sample = bool(merged.do_sample)
@@ -116,24 +117,28 @@ def resolve_generation(
         raise ValueError(f"{name}={value!r} is not supported with async_batching yet")
     if merged.max_new_tokens is not None:
         check_max_new_tokens(merged.max_new_tokens, "generation_config")
+    if not isinstance(merged.max_length, Integral | None):
+        raise ValueError(f"max_length must be an integer, got {merged.max_length!r}")
     temperature = 1.0 if merged.temperature is None else float(merged.temperature)
     top_k = 50 if merged.top_k is None else int(merged.top_k)
     top_p = 1.0 if merged.top_p is None else float(merged.top_p)
+    min_p = 0.0 if merged.min_p is None else float(merged.min_p)
     if do_sample and temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0 to sample; for greedy decoding, do_sample=False")
     if do_sample and top_k < 0:
         raise ValueError(f"top_k={top_k} must be 0 (off) or more")
     if do_sample and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (off)")
+    if do_sample and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must be between 0 (off) and 1")
     return GenerationSettings(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
-        max_time=check_max_time(merged.max_time, "generation_config"),
-        temperature=temperature if do_sample else 0.0,
-        top_k=min(top_k, 2**31 - 1),
-        top_p=top_p,
+        max_time=check_seconds(merged.max_time, "max_time", "generation_config"),
+        sampling=Sampling(temperature, min(top_k, 2**31 - 1), top_p, min_p) if do_sample else Sampling(),
+        logits=LogitsSettings.of(merged, own, model.get_input_embeddings().num_embeddings),
     )
 
 
@@ -163,7 +168,7 @@ def check_stop_strings(value: str | Iterable[str] | None, name: str) -> tuple[st
     return tuple(strings)
 
 
-def check_max_time(value: float | None, name: str) -> float:
+def check_seconds(value: float | None, setting: str, name: str) -> float:
     """Seconds, infinite for no limit.
 
     Raises:
@@ -172,8 +177,15 @@ def check_max_time(value: float | None, name: str) -> float:
     if value is None:
         return math.inf
     if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
-        raise ValueError(f"{name}: max_time must be a number of seconds, 0 or more, got {value!r}")
+        raise ValueError(f"{name}: {setting} must be a number of seconds, 0 or more, got {value!r}")
     return float(value)
+
+
+def check_priority(value: int, name: str) -> int:
+    """Raises `ValueError`, whose message starts with `name`, if this is not an integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: priority must be an integer, got {value!r}")
+    return int(value)
 
 
 def check_stopping_criteria(value: Iterable[Callable] | None, name: str) -> tuple[Callable, ...]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from ..gpu import triton_error
+from ..logits import SHAPING_WORDS, Tables
+from ..request import MOST_FRESH
 from ..sampling import PARAMETER_WORDS
 
 
@@ -35,6 +37,9 @@ class StepArrays(NamedTuple):
     pages: np.ndarray | torch.Tensor  # [P]
     fresh: np.ndarray | torch.Tensor  # [F] rows whose parameters to write
     parameters: np.ndarray | torch.Tensor  # [F * PARAMETER_WORDS]
+    shaped: np.ndarray | torch.Tensor  # [B] sequences whose logits to shape, then -1; none where nobody's are
+    newly_shaped: np.ndarray | torch.Tensor  # [G] rows whose shapings to write
+    shapings: np.ndarray | torch.Tensor  # [G * SHAPING_WORDS]
 
     @classmethod
     def of(cls, buffer: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> StepArrays:
@@ -54,17 +59,21 @@ class Bucket(NamedTuple):
     rows: int
     decode_only: bool
 
-    def sizes(self, page_size: int, programs: int) -> tuple[int, ...]:
+    def sizes(self, page_size: int, programs: int, shaped: bool = False) -> tuple[int, ...]:
         """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages; `programs` as for
-        `share_out`."""
+        `share_out`; `shaped` where the logits of a row are."""
         cells = self.rows if self.decode_only else self.rows + self.tokens // page_size + SPARE_CELLS
         fresh = 0 if self.decode_only else self.rows
+        newly_shaped = min(fresh, MOST_FRESH) if shaped else 0
         t, r = self.tokens, self.rows
-        return (t, t, t, r, r + 1, r, 2, r + programs, r, cells, cells, fresh, fresh * PARAMETER_WORDS)
+        return (
+            t, t, t, r, r + 1, r, 2, r + programs, r, cells, cells, fresh, fresh * PARAMETER_WORDS,
+            r if shaped else 0, newly_shaped, newly_shaped * SHAPING_WORDS,
+        )  # fmt: skip
 
-    def words(self, page_size: int, programs: int) -> int:
+    def words(self, page_size: int, programs: int, shaped: bool = False) -> int:
         """Of a buffer that holds them."""
-        return sum(map(_aligned, self.sizes(page_size, programs)))
+        return sum(map(_aligned, self.sizes(page_size, programs, shaped)))
 
 
 def share_out(work: np.ndarray, sequences: np.ndarray, lengths: np.ndarray, programs: int) -> None:
@@ -101,7 +110,11 @@ def _aligned(words: int) -> int:
 
 
 def unpack(
-    a: StepArrays, page_table: torch.Tensor, parameters: torch.Tensor, last_tokens: torch.Tensor
+    a: StepArrays,
+    page_table: torch.Tensor,
+    parameters: torch.Tensor,
+    last_tokens: torch.Tensor,
+    tables: Tables | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Bring the tables of rows up to date, and make the inputs of a model.
 
@@ -110,6 +123,7 @@ def unpack(
         page_table (`torch.Tensor`): int32 `[rows + 1, columns]`; written.
         parameters (`torch.Tensor`): int32 `[rows + 1, PARAMETER_WORDS]`; written.
         last_tokens (`torch.Tensor`): int32 `[rows + 1]`.
+        tables (`Tables`, *optional*): written; where the logits of a row are shaped.
 
     Returns:
         Token ids and positions, int64 `[T]`, and the last token of each sequence, int64 `[B]`.
@@ -117,9 +131,12 @@ def unpack(
     if page_table.device.type == "cuda" and triton_error() is None:
         from . import triton
 
-        return triton.unpack(a, page_table, parameters, last_tokens)
+        return triton.unpack(a, page_table, parameters, last_tokens, tables)
     page_table.view(-1)[a.cells] = a.pages
     parameters[a.fresh] = a.parameters.view(-1, PARAMETER_WORDS)
     carried = last_tokens[(-1 - a.ids).clamp_min(0)]
     ids = torch.where(a.ids < 0, carried, a.ids)
+    if tables is not None:
+        tables.history[a.token_rows, a.positions] = ids
+        tables.shapings[a.newly_shaped] = a.shapings.view(-1, SHAPING_WORDS)
     return ids.long(), a.positions.long(), a.query_starts[1:].long() - 1

@@ -11,8 +11,8 @@ import torch
 from . import reference
 
 
-# One word each of a row's sampling parameters; temperature and top-p are float32 bits.
-PARAMETER_WORDS = 5
+# One word each of a row's sampling parameters; temperature, top-p and min-p are float32 bits.
+PARAMETER_WORDS = 6
 
 
 class Flavour(NamedTuple):
@@ -21,6 +21,7 @@ class Flavour(NamedTuple):
     sampled: bool = False
     filtered: bool = False
     logprobs: bool = False
+    shaped: bool = False
 
 
 class Parameters(NamedTuple):
@@ -32,15 +33,15 @@ class Parameters(NamedTuple):
 
     temperature: torch.Tensor  # float32 [R], 0 for greedy
     top_p: torch.Tensor  # float32 [R], 1 for off
+    min_p: torch.Tensor  # float32 [R], 0 for off
     top_k: torch.Tensor  # int32 [R], 0 for off
     seed_low: torch.Tensor  # int32 [R]
     seed_high: torch.Tensor  # int32 [R]
-    min_p: torch.Tensor | None = None  # float32 [R], 0 for off; `None` while no column of the table holds it
 
     @classmethod
     def from_table(cls, table: torch.Tensor) -> Parameters:
         floats = table.view(torch.float32)
-        return cls(floats[:, 0], floats[:, 1], table[:, 2], table[:, 3], table[:, 4])
+        return cls(*floats.unbind(1)[:3], *table.unbind(1)[3:])
 
 
 def pick(

@@ -27,7 +27,7 @@ def pick(
     picked = []
     for at in range(0, len(logits), _SLICE):
         rows = slice(at, at + _SLICE)
-        of_rows = type(parameters)(*(None if column is None else column[rows] for column in parameters))
+        of_rows = type(parameters)(*(column[rows] for column in parameters))
         picked.append(_pick(logits[rows].float(), of_rows, positions[rows], flavour))
     ids, logprobs = zip(*picked, strict=True)
     return torch.cat(ids), torch.cat(logprobs) if flavour.logprobs else None
@@ -68,8 +68,7 @@ def kept(logits: torch.Tensor, parameters: Parameters) -> torch.Tensor:
     before = masses.cumsum(-1) - masses
     wanted = (masses.sum(-1).double() * top_p.double()).long().clamp_min(1)
     keep &= (before < wanted[:, None]) | (top_p >= 1)[:, None]
-    if parameters.min_p is not None:
-        keep &= ~(scores < log(parameters.min_p)[:, None]) | (parameters.min_p <= 0)[:, None]
+    keep &= ~(scores < log(parameters.min_p)[:, None]) | (parameters.min_p <= 0)[:, None]
     keep |= (temperature == 0)[:, None]
     return torch.empty_like(keep).scatter_(1, index, keep)
 

@@ -36,9 +36,9 @@ def pick(
     rows, vocabulary = logits.shape
     chunks, groups = triton.cdiv(vocabulary, _CHUNK), triton.cdiv(vocabulary, _GROUP)
     integers = {"dtype": torch.int32, "device": logits.device}
-    temperature, top_p, top_k, seed_low, seed_high, min_p = parameters
+    temperature, top_p, min_p, top_k, seed_low, seed_high = parameters
     stride = temperature.stride(0)
-    assert all(column is None or column.stride(0) == stride for column in parameters)
+    assert all(column.stride(0) == stride for column in parameters)
     rules = (temperature, top_p, top_k, min_p, stride)
     layout = (logits, *logits.stride(), vocabulary)
     exact = {"GROUP": _GROUP, "EMPTY_BITS": _EMPTY_BITS[logits.dtype], "enable_fp_fusion": False}
@@ -156,9 +156,7 @@ def _rules_of(row, vocabulary, temperature, top_p, top_k, min_p, stride):
     p = tl.load(top_p + row * stride)
     k = tl.load(top_k + row * stride)
     k = tl.where((k > 0) & (k < vocabulary), k, 0)
-    least = 0.0
-    if min_p is not None:
-        least = tl.load(min_p + row * stride)
+    least = tl.load(min_p + row * stride)
     return t, p, k, least, (t != 0) & ((k > 0) | (p < 1) | (least > 0))
 
 
@@ -355,10 +353,9 @@ def _pick_kernel(
         key, last, top = tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
         own = _key(x, EMPTY_BITS)
         there = there & ((own > key) | ((own == key) & (index <= last)))
-        if min_p is not None:
-            floor = tl.where(least > 0, _log(least), float("-inf"))
-            scores = _below_largest(x, _value(top, EMPTY_BITS), _inverse(t))
-            there = there & ((scores < floor) == 0)
+        floor = tl.where(least > 0, _log(least), float("-inf"))
+        scores = _below_largest(x, _value(top, EMPTY_BITS), _inverse(t))
+        there = there & ((scores < floor) == 0)
     raced = x
     if SAMPLED:
         low, high = tl.load(seed_low + row * stride), tl.load(seed_high + row * stride)
