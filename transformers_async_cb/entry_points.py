@@ -116,7 +116,8 @@ def generate_batch(
             overrides=overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
-        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps, generation_config=configs)
+        own = {} if configs is None else {"generation_config": configs, **overrides}
+        request_ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **own)
         manager.size_for_pending()
         try:
             manager.start()

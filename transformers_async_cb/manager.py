@@ -278,8 +278,8 @@ class AsyncBatchingManager:
         eos_token_id: int | list[int] | None = None,
         **per_request: Any,
     ) -> str:
-        """Add one request. Its own generation settings are merged as a call's are: keyword arguments go before a
-        config, the request's before the manager's, and the model's come last.
+        """Add one request. Its own generation settings are merged as a call's are: its keyword arguments go before its
+        config, or the manager's settings if it has none, and the model's come last.
 
         Args:
             input_ids (`Sequence[int]`): the prompt's token ids; a list, an array or a 1-D tensor.
@@ -288,7 +288,7 @@ class AsyncBatchingManager:
             streaming (`bool`): deliver an output for each token, not only the last.
             record_timestamps (`bool`): note when each token came, in seconds of `time.perf_counter`.
             eos_token_id (`int` or `list[int]`, *optional*): the generation config's by default.
-            generation_config (`GenerationConfig`, *optional*): in place of the manager's.
+            generation_config (`GenerationConfig`, *optional*): in place of all the manager's settings.
             seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
                 `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
             per_request: any other generation setting, such as `do_sample=True, temperature=0.7`; and
