@@ -22,6 +22,7 @@ from conftest import (
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import RequestStatus
 
+import transformers_async_cb.entry_points
 from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.engine import Engine
 from transformers_async_cb.manager import CACHED
@@ -339,7 +340,18 @@ class TestSettingsOfASingleRequest:
         expected = [reference(model, prompt, config) for prompt, config in zip(prompts, configs, strict=True)]
         assert [output.generated_tokens for output in outputs.values()] == expected
 
-    def test_go_before_the_managers_as_keywords_go_before_configs(self) -> None:
+    def test_of_a_config_are_in_place_of_all_the_managers(self) -> None:
+        model, prompt = shared_model("llama"), [4, 5, 6]
+        manager = transformers_async_cb.entry_points.init_continuous_batching(
+            model, greedy(7), overrides={"do_sample": True, "temperature": 9.0}
+        )
+        ids = [manager.add_request(prompt, **own) for own in ({"generation_config": greedy(5)}, {"do_sample": False})]
+        manager.start()
+        answers = [manager.get_result(request_id).generated_tokens for request_id in ids]
+        manager.stop()
+        assert answers == [reference(model, prompt, greedy(5)), reference(model, prompt, greedy(7))]
+
+    def test_of_many_configs_come_after_the_keywords_of_the_call(self) -> None:
         model, prompt = shared_model("llama"), [4, 5, 6]
         configs = [greedy(4), greedy(6)]
         outputs = model.generate_batch([prompt] * 2, generation_config=configs, max_new_tokens=2, async_batching=True)

@@ -169,10 +169,10 @@ class Door:
             return self._generation
         if config is not None and not isinstance(config, GenerationConfig):
             raise ValueError(f"{name}: generation_config must be a GenerationConfig, not {type(config).__name__}")
+        if config is None:
+            config, per_request = self._config, self._overrides | per_request
         try:
-            return resolve_generation(
-                self._model, self._config if config is None else config, self._overrides | per_request
-            )
+            return resolve_generation(self._model, config, per_request)
         except (ValueError, TypeError) as error:  # which transformers raises where it compares with a number
             raise ValueError(f"{name}: {error}") from error
 

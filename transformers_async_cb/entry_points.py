@@ -144,7 +144,8 @@ def generate_batch(
             tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
-        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps, generation_config=configs)
+        own = {} if configs is None else {"generation_config": configs, **overrides}
+        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps, **own)
         manager.size_for_pending()
         try:
             manager.start()

@@ -305,8 +305,8 @@ class AsyncBatchingManager:
         stopping_criteria: list[StoppingCriteria] | None = None,
         **per_request: Any,
     ) -> str:
-        """Add one request. Its own generation settings are merged as a call's are: keyword arguments go before a
-        config, the request's before the manager's, and the model's come last.
+        """Add one request. Its own generation settings are merged as a call's are: its keyword arguments go before its
+        config, or the manager's settings if it has none, and the model's come last.
 
         Args:
             input_ids (`Prompt`): the prompt's token ids (a list, an array or a 1-D tensor); or, when the manager has a
@@ -321,7 +321,7 @@ class AsyncBatchingManager:
             max_time (`float`, *optional*): end the request with the first token that comes so many seconds after its
                 computation began, which is after any wait for room; the generation config's by default.
             stopping_criteria (`list[StoppingCriteria]`, *optional*): in place of the manager's.
-            generation_config (`GenerationConfig`, *optional*): in place of the manager's.
+            generation_config (`GenerationConfig`, *optional*): in place of all the manager's settings.
             seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
                 `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
             priority (`int`, *optional*): requests with a higher one go first, among those that wait for room; 0 by

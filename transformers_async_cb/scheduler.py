@@ -178,7 +178,9 @@ class Scheduler:
 
     @staticmethod
     def _lateness(request: Request) -> str:
-        return f"request {request.id} was not finished by its deadline, {request.deadline - request.created_time:.3g} s"
+        return (
+            f"request {request.id} was not finished by its deadline, {request.deadline - request.created_time:.3g} s"
+        )
 
     def _decoding_rows(self) -> np.ndarray:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
