@@ -22,7 +22,6 @@ from conftest import (
 from transformers import GenerationConfig
 from transformers.generation.continuous_batching import RequestStatus
 
-import transformers_async_cb.entry_points
 from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.engine import Engine
 from transformers_async_cb.manager import CACHED
@@ -342,9 +341,7 @@ class TestSettingsOfASingleRequest:
 
     def test_of_a_config_are_in_place_of_all_the_managers(self) -> None:
         model, prompt = shared_model("llama"), [4, 5, 6]
-        manager = transformers_async_cb.entry_points.init_continuous_batching(
-            model, greedy(7), overrides={"do_sample": True, "temperature": 9.0}
-        )
+        manager = model.init_continuous_batching(greedy(7), async_batching=True, do_sample=True, temperature=9.0)
         ids = [manager.add_request(prompt, **own) for own in ({"generation_config": greedy(5)}, {"do_sample": False})]
         manager.start()
         answers = [manager.get_result(request_id).generated_tokens for request_id in ids]
