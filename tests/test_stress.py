@@ -1,0 +1,89 @@
+"""All that a request may ask for, mixed at random: nothing is lost, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import FAMILIES, VOCABULARY, batching, greedy, shared_model
+from transformers import PreTrainedModel
+
+from transformers_async_cb import AsyncBatchingConfig
+
+
+def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Prompts, of which many begin alike, and settings."""
+    beginning = [rng.randrange(VOCABULARY) for _ in range(120)]
+    chances = {
+        0.4: lambda: {
+            "do_sample": True,
+            "temperature": rng.choice([0.5, 1.0, 2.0]),
+            "top_k": rng.choice([0, 5, 50]),
+            "top_p": rng.choice([1.0, 0.8]),
+            "min_p": rng.choice([0.0, 0.1]),
+            "seed": rng.randrange(9),
+        },
+        0.3: lambda: {"repetition_penalty": 1.3},
+        0.25: lambda: {"eos_token_id": rng.sample(range(VOCABULARY), 6)},
+        0.2: lambda: {"no_repeat_ngram_size": 3},
+        0.15: lambda: {"min_new_tokens": 4},
+        0.14: lambda: {"suppress_tokens": [1, 2, 3]},
+        0.13: lambda: {"frequency_penalty": 0.7},
+        0.12: lambda: {"logit_bias": {rng.randrange(VOCABULARY): 3.0}},
+    }
+    for _ in range(count):
+        prompt = beginning[: rng.randint(0, 110)] + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 40))]
+        settings: dict[str, Any] = {"max_new_tokens": rng.randint(1, 30)}
+        for chance, make in chances.items():
+            if rng.random() < chance:
+                settings |= make()
+        yield prompt, settings
+
+
+def alone(model: PreTrainedModel, asked: dict[str, tuple[list[int], dict[str, Any]]]) -> dict[str, list[int]]:
+    """The answer of each request when nothing runs beside it, no step waits for another and nothing is reused."""
+    answers = {}
+    with model.continuous_batching_context_manager(
+        greedy(8),
+        continuous_batching_config=batching(page_size=16, max_batch_tokens=512, allow_block_sharing=False),
+        async_batching=AsyncBatchingConfig(overlap=False),
+    ) as manager:
+        for name, (prompt, settings) in asked.items():
+            manager.add_request(prompt, request_id=name, **settings)
+            answers[name] = manager.get_result(name).generated_tokens
+    return answers
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap: bool, device: str) -> None:
+    rng, model = random.Random(f"{family} {overlap}"), shared_model(family, device)
+    asked = {f"request {i}": request for i, request in enumerate(random_requests(rng, 100))}
+    expected = alone(model, asked)
+    manager = model.init_continuous_batching(
+        greedy(8),
+        batching(page_size=rng.choice([2, 4, 16]), num_blocks=120, max_batch_tokens=32, max_requests_per_batch=20),
+        async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
+    )
+    manager.start()
+    engine, cancelled = manager._engine, set()
+    for i, (name, (prompt, settings)) in enumerate(asked.items()):
+        late = {"deadline": 0.0} if i % 25 == 24 else {}
+        manager.add_request(prompt, request_id=name, priority=rng.choice([0, 0, 1, 2]), **settings, **late)
+        if rng.random() < 0.1:
+            cancelled.add(chosen := f"request {rng.randint(0, i)}")
+            manager.cancel_request(chosen)
+    outputs = {output.request_id: output for output in (manager.get_result(timeout=300) for _ in asked)}
+    manager.stop()
+    engine.scheduler.check_books()
+    assert outputs.keys() == asked.keys()
+    for name, output in outputs.items():
+        if output.error is None:
+            assert output.generated_tokens == expected[name], asked[name]
+        else:
+            assert name in cancelled or "deadline" in output.error
+            assert output.generated_tokens == expected[name][: len(output.generated_tokens)], asked[name]
+    assert engine.scheduler.reused > 0
