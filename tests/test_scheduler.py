@@ -440,8 +440,7 @@ class TestTheLine:
         simulation.add(request, new_request(1, 3, 30))
         for _ in range(5):
             simulation.turn()
-        request.deadline = simulation.rows.deadline[simulation.scheduler.row_of["r0"]] = request.created_time
-        simulation.scheduler._next_deadline = request.deadline
+        request.deadline = simulation.scheduler._next_deadline = request.created_time
         simulation.run()
         assert simulation.results["r0"].error == "request r0 was not finished by its deadline, 0 s"
         assert 0 < len(simulation.results["r0"].generated_tokens) < 30

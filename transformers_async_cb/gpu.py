@@ -7,6 +7,7 @@ import functools
 import torch
 
 
+@functools.lru_cache
 def triton_error() -> ImportError | None:
     """Why triton cannot be imported, `None` if it can."""
     try:
@@ -16,6 +17,11 @@ def triton_error() -> ImportError | None:
     return None
 
 
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether kernels in Triton can compute with this tensor."""
+    return tensor.is_cuda and tensor.dtype.itemsize <= 4 and triton_error() is None
+
+
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; a small number where there is no GPU."""
@@ -23,8 +29,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def side_by_side(device: torch.device) -> int:
-    """Programs of decode attention that run at once. Each keeps 228 registers for each of its 32 threads, so eight of
-    them share the registers of a multiprocessor."""
+    """Programs of decode attention that run at once. With heads of 128 each keeps 228 registers for each of its 32
+    threads, so eight of them share the registers of a multiprocessor."""
     return 8 * multiprocessors(device)
 
 
@@ -33,7 +39,7 @@ def starts_early(device: torch.device) -> bool:
     """Whether a kernel may be on its way while the one before it ends: programmatic dependent launch
     (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization).
 
-    Such a kernel waits (`gdc_wait`) for all before it to be done, then lets the next one start
+    Every program of such a kernel waits (`gdc_wait`) for all before it to be done, then lets the next one start
     (`gdc_launch_dependents`). In this order, always: so whatever is older than the kernel just before it is done when
     it starts, and may be read ahead of the wait.
     """

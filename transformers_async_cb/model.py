@@ -247,8 +247,8 @@ class ModelLoan:
 
     @torch.no_grad()
     def weights(self) -> tuple:
-        """A digest of all weights, to tell whether they have changed. Reads them twice, which takes a GPU some
-        milliseconds. Counters that autograd keeps do not tell: writing through `.data` passes them by. Weights of a
+        """A digest of all weights, to tell whether they have changed. Reads them twice.
+        Counters that autograd keeps do not tell: writing through `.data` passes them by. Weights of a
         kind of their own (quantised ones) are taken to have changed."""
         device, sums, products = self.model.device, [], []
         for tensor in (*self.model.parameters(), *self.model.buffers()):

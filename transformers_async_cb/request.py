@@ -124,7 +124,6 @@ class Rows:
         self.phase = np.zeros(count, np.int8)
         self.arrival = np.zeros(count, np.int64)
         self.priority = np.zeros(count, np.int64)
-        self.deadline = np.full(count, np.inf)
         self.prefill = np.zeros(count, np.int64)  # tokens to compute before the first sample
         self.computed = np.zeros(count, np.int64)
         self.known = np.zeros(count, np.int64)
@@ -162,7 +161,6 @@ class Rows:
         self.phase[row] = Phase.RUNNING
         self.arrival[row] = request.arrival
         self.priority[row] = request.priority
-        self.deadline[row] = request.deadline
         self.prefill[row] = self.known[row] = self.total[row] = known
         self.computed[row] = self.page_count[row] = self.full_pages[row] = self.in_flight[row] = 0
         self.limit[row] = limit

@@ -161,26 +161,12 @@ class Scheduler:
     def _end_what_is_late(self, now: float) -> None:
         if now < self._next_deadline:
             return
-        r, still = self.rows, np.inf
-        for row in np.flatnonzero((r.phase == Phase.RUNNING) & (r.deadline < np.inf)).tolist():
-            if r.deadline[row] <= now:
-                self._end(row, self._lateness(r.request[row]))
-            else:
-                still = min(still, r.deadline[row])
-        for _, request in self.waiting:
-            if request.finished_time >= 0:
-                continue
+        requests = [self.rows.request[row] for row in self.row_of.values()] + [request for _, request in self.waiting]
+        for request in requests:
             if request.deadline <= now:
-                self._refuse(request, self._lateness(request))
-            else:
-                still = min(still, request.deadline)
-        self._next_deadline = still
-
-    @staticmethod
-    def _lateness(request: Request) -> str:
-        return (
-            f"request {request.id} was not finished by its deadline, {request.deadline - request.created_time:.3g} s"
-        )
+                seconds = request.deadline - request.created_time
+                self.cancel(request, f"request {request.id} was not finished by its deadline, {seconds:.3g} s")
+        self._next_deadline = min((r.deadline for r in requests if r.finished_time < 0), default=np.inf)
 
     def _decoding_rows(self) -> np.ndarray:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
@@ -233,7 +219,9 @@ class Scheduler:
         counts: list[int] = []
         fresh: list[int] = []
         spare, share, left = SPARE_CELLS, max(1, budget // 2), budget
-        coming = {key for row in self.prefilling for key in r.request[row].page_keys[r.full_pages[row] :]}
+        coming: set[bytes] = set()
+        if self.waiting:
+            coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in self.prefilling))
         while left > 0:
             if len(counts) == len(self.prefilling):
                 row = self._admit(spare, coming) if len(fresh) < MOST_FRESH else None

@@ -180,11 +180,16 @@ def _decode_kernel(
     kv_head = tl.program_id(1)
     # What the step's inputs say was there long before the query is.
     item = tl.load(work + tl.program_id(0))
-    if item == 0:
-        return
-    sequence, split, parts = item // (PARTS * PARTS) - 1, item // PARTS % PARTS, item % PARTS + 1
+    sequence = tl.maximum(item // (PARTS * PARTS) - 1, 0)
     token = tl.load(query_starts + sequence)
     length = tl.load(lengths + sequence)
+    row = tl.load(rows + sequence)
+    if EARLY:  # programs without work too: or the kernel could be done before what it depends on
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if item == 0:
+        return
+    split, parts = item // PARTS % PARTS, item % PARTS + 1
     begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
     blocks = tl.cdiv(length - begin, KEYS)
     share = tl.cdiv(blocks, parts)
@@ -193,11 +198,7 @@ def _decode_kernel(
         return
     first = begin + split * share * KEYS
     last = tl.minimum(first + share * KEYS, length)
-    table = page_table + tl.load(rows + sequence).to(tl.int64) * table_stride
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
+    table = page_table + row.to(tl.int64) * table_stride
     token = token.to(tl.int64)
     r = tl.arange(0, ROWS)
     heads = kv_head * GROUP + r

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..gpu import triton_error
+from ..gpu import runs_triton
 from ..logits import SHAPING_WORDS, Tables
 from ..request import MOST_FRESH
 from ..sampling import PARAMETER_WORDS
@@ -128,7 +128,7 @@ def unpack(
     Returns:
         Token ids and positions, int64 `[T]`, and the last token of each sequence, int64 `[B]`.
     """
-    if page_table.device.type == "cuda" and triton_error() is None:
+    if runs_triton(page_table):
         from . import triton
 
         return triton.unpack(a, page_table, parameters, last_tokens, tables)

@@ -14,7 +14,6 @@ from ..gpu import early, multiprocessors
 MOST_ROWS = 64
 _ROWS, _COLUMNS, _DEPTH = 64, 64, 128  # of a tile
 _WARPS, _STAGES = 4, 4
-_AHEAD = 4 * 2**20  # bytes of a weight that are on their way to the L2 cache before the input is there
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -27,8 +26,6 @@ def suits(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and columns % _COLUMNS == 0
         and depth % _DEPTH == 0
         and weight.stride(1) == 1
-        and weight.stride(0) % 8 == 0
-        and weight.data_ptr() % 16 == 0
         and x.is_contiguous()
     )
 
@@ -44,7 +41,6 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
     grid = (columns // _COLUMNS, splits, triton.cdiv(rows, tile_rows))
     _few_rows_kernel[grid](
         x, weight, bias, out, partial, counters, rows, columns, depth, weight.stride(0),
-        _ahead(grid[0] * grid[1] * grid[2], depth // splits, x.device),
         ROWS=tile_rows, COLUMNS=_COLUMNS, DEPTH=_DEPTH, num_warps=_WARPS, num_stages=_STAGES, **early(x.device),
     )  # fmt: skip
     return out
@@ -60,26 +56,10 @@ def _splits(tiles: int, turns: int, device: torch.device) -> int:
     return splits
 
 
-@functools.lru_cache
-def _ahead(programs: int, depth: int, device: torch.device) -> int:
-    """How much of its part of each weight row a program fetches ahead, in elements."""
-    side_by_side = min(programs, 2 * multiprocessors(device))
-    return min(depth, _AHEAD // side_by_side // _COLUMNS // 2 // 16 * 16)
-
-
-@triton.jit
-def _prefetch(pointers, sizes):
-    """Fetch so many bytes from each pointer into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r", [pointers, sizes], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 # Sizes vary from step to step, and one kernel serves them all.
-@triton.jit(do_not_specialize=["rows", "ahead"])
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows_kernel(
-    x, weight, bias, out, partial, counters, rows, columns, depth, weight_stride, ahead,
+    x, weight, bias, out, partial, counters, rows, columns, depth, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of columns, one part of the depth. The last part to arrive adds them all up, in their order, so that
@@ -94,11 +74,7 @@ def _few_rows_kernel(
     weights = weight + n.to(tl.int64)[:, None] * weight_stride + (first + k)[None, :]
     inputs = x + m[None, :] * depth + (first + k)[:, None]
     there = (m < rows)[None, :]
-    if EARLY:  # weights are no kernel's output: fetch some while the input is still computed
-        i = tl.arange(0, 2 * COLUMNS)
-        half = ahead // 2
-        begin = weight + (tile * COLUMNS + i // 2).to(tl.int64) * weight_stride + first + (i % 2) * half
-        _prefetch(begin, tl.zeros([2 * COLUMNS], tl.int32) + half * weight.dtype.element_ty.primitive_bitwidth // 8)
+    if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros([COLUMNS, ROWS], tl.float32)

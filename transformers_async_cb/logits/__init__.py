@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-
 import torch
 
+from ..gpu import runs_triton
 from . import reference
 from .settings import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings
 from .shaping import SHAPING_WORDS, Listed, Rule, Shaping, Tables
@@ -33,14 +31,8 @@ def shape(
         rows (`torch.Tensor`): int32 `[B]`, of the sequences.
         lengths (`torch.Tensor`): int32 `[B]`, tokens of each so far.
     """
-    kernels = _kernels() if logits.is_cuda and logits.dtype.itemsize <= 4 else None
-    (kernels or reference).shape(logits, tables, shaped, rows, lengths)
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    try:
+    if runs_triton(logits):
         from . import triton
-    except ImportError:
-        return None
-    return triton
+
+        return triton.shape(logits, tables, shaped, rows, lengths)
+    return reference.shape(logits, tables, shaped, rows, lengths)

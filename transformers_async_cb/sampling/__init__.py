@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from ..gpu import runs_triton
 from . import reference
 
 
@@ -63,14 +62,8 @@ def pick(
         ids int32 `[R]`, and with `flavour.logprobs` the log-probability of each under the distribution it was picked
         from, float32 `[R]`. Where logits are NaN, the id of the first of them.
     """
-    kernels = _kernels() if logits.is_cuda and logits.dtype.itemsize <= 4 else None
-    return (kernels or reference).pick(logits, parameters, positions, flavour)
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    try:
+    if runs_triton(logits):
         from . import triton
-    except ImportError:
-        return None
-    return triton
+
+        return triton.pick(logits, parameters, positions, flavour)
+    return reference.pick(logits, parameters, positions, flavour)
