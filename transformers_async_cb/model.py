@@ -247,9 +247,9 @@ class ModelLoan:
 
     @torch.no_grad()
     def weights(self) -> tuple:
-        """A digest of all weights, to tell whether they have changed. Reads them twice.
-        Counters that autograd keeps do not tell: writing through `.data` passes them by. Weights of a
-        kind of their own (quantised ones) are taken to have changed."""
+        """A digest of all weights, which it reads twice, to tell whether they have changed. Counters that autograd
+        keeps do not tell: writing through `.data` passes them by. Weights of a kind of their own (quantised ones) are
+        taken to have changed."""
         device, sums, products = self.model.device, [], []
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if type(tensor) not in (torch.Tensor, nn.Parameter):
