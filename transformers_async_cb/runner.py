@@ -250,7 +250,7 @@ class Runner:
             self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
             self.counters, key.bucket.decode_only,
         )  # fmt: skip
-        with computing(step, self.backend):
+        with computing(step, self.backend, self.loan.following_weights):
             logits = self.loan.forward(ids[None], positions[None], last)
         if tables is not None:
             shape(logits, tables, a.shaped, a.rows, a.lengths)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -67,28 +67,35 @@ ON_LOAN = (
 ATTRIBUTE = "_async_batching_layer"
 
 
-class _Computing(threading.local):
-    """The step this thread computes, and how. A thread of the user's finds none here."""
+class Computing(NamedTuple):
+    """The step that a thread computes, and how."""
 
-    step: Step | None = None
-    backend: ModuleType | None = None
+    step: Step
+    backend: ModuleType
+    following: Mapping[int, torch.Tensor]  # see `linear.Products`
 
 
-_computing = _Computing()
+class _Thread(threading.local):
+    """A thread of the user's finds nothing here."""
+
+    computing: Computing | None = None
+
+
+_thread = _Thread()
 
 
 @contextmanager
-def computing(step: Step, backend: str) -> Generator[None]:
+def computing(step: Step, backend: str, following: Mapping[int, torch.Tensor] | None = None) -> Generator[None]:
     """Within, calls of the borrowed model on this thread compute `step`."""
     if backend == "triton":
         from . import triton as implementation
     else:
         implementation = reference
-    _computing.step, _computing.backend = step, implementation
+    _thread.computing = Computing(step, implementation, following or {})
     try:
         yield
     finally:
-        _computing.step = _computing.backend = None
+        _thread.computing = None
 
 
 def attention_forward(
@@ -125,11 +132,11 @@ def attention_forward(
     return out[None], None
 
 
-def current_step() -> tuple[Step, ModuleType]:
-    """The step that the calling thread computes, and the backend. Raises `RuntimeError` if it computes none."""
-    if _computing.step is None:
+def current() -> Computing:
+    """What the calling thread computes. Raises `RuntimeError` if it computes nothing."""
+    if _thread.computing is None:
         raise RuntimeError(ON_LOAN)
-    return _computing.step, _computing.backend
+    return _thread.computing
 
 
 @torch.library.custom_op("transformers_async_cb::paged_attention", mutates_args=("key_pages", "value_pages"))
@@ -161,8 +168,8 @@ def paged_attention(
     Raises:
         RuntimeError: the calling thread computes no step.
     """
-    step, backend = current_step()
-    return backend.attend(query, key, value, key_pages, value_pages, step, scaling, sliding_window)
+    computing = current()
+    return computing.backend.attend(query, key, value, key_pages, value_pages, computing.step, scaling, sliding_window)
 
 
 @paged_attention.register_fake

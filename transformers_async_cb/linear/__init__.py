@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..attention import current_step
+from ..attention import current
 
 
 class Shared:
@@ -70,11 +70,11 @@ class Shared:
 class Product(nn.Module):
     """Stands in for an `nn.Linear`, with its very parameters."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, counters: torch.Tensor) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.counters = _counters(linear.weight)
+        self.counters = counters
         self.training = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,9 @@ class Products:
     def __init__(self, model: nn.Module, groups: list[list[nn.Linear]]) -> None:
         self.model = model
         self.groups = groups
+        self.following: dict[int, torch.Tensor] = {}  # by a weight's address, the one that is read next
         self._shared: list[Shared] = []
+        self._counters: dict[nn.Linear, torch.Tensor] = {}  # kept: captured steps count there
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def install(self) -> None:
@@ -116,9 +118,11 @@ class Products:
             self.separate()
             for group in groups:
                 self._shared.append(Shared(group))
-        stand_ins: dict[nn.Module, nn.Module] = {
-            group[0]: Product(group[0]) for group in self.groups if len(group) == 1 and _plain(group[0])
-        }
+        stand_ins: dict[nn.Module, nn.Module] = {}
+        for linear in (group[0] for group in self.groups if len(group) == 1 and _plain(group[0])):
+            if linear not in self._counters:
+                self._counters[linear] = _counters(linear.weight)
+            stand_ins[linear] = Product(linear, self._counters[linear])
         for shared in self._shared:
             if all(_plain(member) for member in shared.members):  # it may have got hooks since
                 for index, member in enumerate(shared.members):
@@ -128,12 +132,18 @@ class Products:
                 if child in stand_ins:
                     parent._modules[name] = stand_ins[child]
                     self._replaced.append((parent, name, child))
+        joined = {shared.members[0]: shared.weight for shared in self._shared}
+        weights = [joined.get(group[0], group[0].weight).detach() for group in self.groups if group[0] in stand_ins]
+        self.following = {
+            weight.data_ptr(): next_one for weight, next_one in zip(weights, weights[1:] + weights[:1], strict=True)
+        }
 
     def remove(self) -> None:
         """Put the layers back. Their weights stay joined for the next time, which they do not show."""
         for parent, name, child in self._replaced:
             parent._modules[name] = child
         self._replaced.clear()
+        self.following = {}
 
     def separate(self) -> None:
         """Give the weights storage of their own again, one group after another: never all of them twice in memory."""
@@ -228,12 +238,12 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, co
     Raises:
         RuntimeError: the calling thread computes no step.
     """
-    current_step()
+    computing = current()
     if x.device.type == "cuda":
         from . import triton
 
         if triton.suits(x, weight):
-            return triton.few_rows(x, weight, bias, counters)
+            return triton.few_rows(x, weight, bias, counters, computing.following.get(weight.data_ptr()))
     return F.linear(x, weight, bias)
 
 
