@@ -111,7 +111,7 @@ def new_copy(model):
 
 @pytest.mark.parametrize("most_steps", [2**14, 8])
 def test_a_recording_has_the_steps_of_the_device_on_the_hosts_clock(most_steps):
-    manager = shared_model("llama", "cuda").init_continuous_batching(greedy(24), async_batching=True)
+    manager = shared_model("llama", "cuda").init_continuous_batching(greedy(24), tight(), async_batching=True)
     manager.add_requests(random_prompts(20, longest=60))
     manager.warmup()
     engine = manager._engine

@@ -1,11 +1,12 @@
-"""The interpreter's switch interval while an engine runs."""
+"""The interpreter's switch interval and its garbage collector while an engine runs."""
 
+import gc
 import sys
 
 import pytest
 from conftest import greedy, shared_model
 
-from transformers_async_cb.interpreter import INTERVAL, switching_often
+from transformers_async_cb.interpreter import INTERVAL, undisturbed
 
 
 @pytest.fixture
@@ -32,11 +33,30 @@ def test_the_interval_is_short_while_an_engine_runs_and_then_what_it_was(interva
 
 def test_the_last_to_leave_gives_it_back_and_a_shorter_one_is_left_alone(interval):
     interval(0.004)
-    with switching_often():
-        with switching_often():
+    with undisturbed():
+        with undisturbed():
             assert sys.getswitchinterval() == about(INTERVAL)
         assert sys.getswitchinterval() == about(INTERVAL)
     assert sys.getswitchinterval() == about(0.004)
     interval(0.0001)
-    with switching_often():
+    with undisturbed():
         assert sys.getswitchinterval() == about(0.0001)
+
+
+def test_the_collector_leaves_alone_what_was_there_before_an_engine_ran():
+    model, seen = shared_model("llama"), []
+    with model.continuous_batching_context_manager(greedy(4), async_batching=True) as manager:
+        name = manager.add_request([1, 2, 3], streaming=True)
+        seen += [gc.get_freeze_count() for _ in manager.request_id_iter(name)]
+    assert min(seen) > 100_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_user_has_frozen_stays_frozen():
+    gc.freeze()
+    try:
+        with undisturbed():
+            pass
+        assert gc.get_freeze_count() > 100_000
+    finally:
+        gc.unfreeze()

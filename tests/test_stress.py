@@ -47,7 +47,9 @@ def alone(model: PreTrainedModel, asked: dict[str, tuple[list[int], dict[str, An
     answers = {}
     with model.continuous_batching_context_manager(
         greedy(8),
-        continuous_batching_config=batching(page_size=16, max_batch_tokens=512, allow_block_sharing=False),
+        continuous_batching_config=batching(
+            page_size=16, num_blocks=64, max_batch_tokens=512, allow_block_sharing=False
+        ),
         async_batching=AsyncBatchingConfig(overlap=False),
     ) as manager:
         for name, (prompt, settings) in asked.items():

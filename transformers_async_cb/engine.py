@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.utils import logging
 
 from .graphs import StepKey
-from .interpreter import switching_often
+from .interpreter import undisturbed
 from .lanes import Lanes, Slot
 from .mailbox import Mailbox
 from .model import ModelLoan
@@ -84,7 +84,7 @@ class Engine:
             self._weights = weights
 
     @torch.no_grad()
-    @switching_often()
+    @undisturbed()
     def run(self, mailbox: Mailbox, deliver: Callable[[list[GenerationOutput]], None]) -> None:
         """The loop. Returns when a stop was asked for and every request has ended."""
         if self.runner.device.type == "cuda":

@@ -1,7 +1,8 @@
-"""How long the loop waits for the interpreter lock while other threads compute."""
+"""What of the interpreter holds the loop up: the lock while other threads compute, and the garbage collector."""
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Generator
@@ -14,17 +15,25 @@ INTERVAL = 0.0005
 _lock = threading.Lock()
 _inside = 0
 _before = 0.0
+_frozen = False
 
 
 @contextmanager
-def switching_often() -> Generator[None]:
-    """Within, threads of the process wait `INTERVAL` for one that computes, if they waited longer before. The interval
-    is the process's, and is given back by the last to leave."""
-    global _inside, _before
+def undisturbed() -> Generator[None]:
+    """Within, threads of the process wait `INTERVAL` for one that computes, if they waited longer before; and the
+    garbage collector leaves alone what was there already. To look at all of that, a process that has imported
+    transformers takes half a second, in which every thread stands still.
+
+    Both are the process's, and are given back by the last to leave. What the user has frozen stays so.
+    """
+    global _inside, _before, _frozen
     with _lock:
         if _inside == 0:
             _before = sys.getswitchinterval()
             sys.setswitchinterval(min(_before, INTERVAL))
+            _frozen = gc.get_freeze_count() == 0
+            if _frozen:
+                gc.freeze()
         _inside += 1
     try:
         yield
@@ -33,3 +42,5 @@ def switching_often() -> Generator[None]:
             _inside -= 1
             if _inside == 0:
                 sys.setswitchinterval(_before)
+                if _frozen:
+                    gc.unfreeze()

@@ -47,7 +47,8 @@ class ModelLoan:
         self._training: dict[nn.Module, bool] = {}
         self._configs: list[tuple[nn.Module, str, PreTrainedConfig]] = []
         self._layers: list[nn.Module] = []
-        self._compiled: dict[nn.Module, object] = {}
+        self._compiled: dict[nn.Module, object] = {}  # and what they were before
+        self._compiled_calls: dict[nn.Module, object] = {}  # made once: it takes a while to make them
         self._products: Products | None = None
         self.out = False
         self._refuse_unfit()
@@ -228,9 +229,14 @@ class ModelLoan:
                     self._compile(child, fullgraph=False)
 
     def _compile(self, module: nn.Module, fullgraph: bool) -> None:
-        if module not in self._compiled:
-            self._compiled[module] = module._compiled_call_impl
+        if module in self._compiled:
+            return
+        self._compiled[module] = module._compiled_call_impl
+        if module in self._compiled_calls:
+            module._compiled_call_impl = self._compiled_calls[module]
+        else:
             module.compile(dynamic=True, fullgraph=fullgraph)
+            self._compiled_calls[module] = module._compiled_call_impl
 
     def run_as_written(self) -> bool:
         """Undo `compile_layers`; returns whether there was anything to undo."""

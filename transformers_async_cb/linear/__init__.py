@@ -27,6 +27,7 @@ class Shared:
         self.weight = self._join([member.weight for member in members])
         self.bias = None if members[0].bias is None else self._join([member.bias for member in members])
         self.counters = _counters(self.weight)
+        self.stand_ins = [SharedProduct(member, self, index) for index, member in enumerate(members)]
         self.input: torch.Tensor | None = None
         self.parts: tuple[torch.Tensor, ...] = ()
 
@@ -38,7 +39,12 @@ class Shared:
         return nn.Parameter(joined, requires_grad=False)
 
     def intact(self) -> bool:
-        """Whether the members' weights still lie here: who trains may have given them other storage."""
+        """Whether the members' weights still lie here: who trains may have given them other storage, or others."""
+        if any(
+            one.weight is not it.weight or one.bias is not it.bias
+            for one, it in zip(self.stand_ins, self.members, strict=True)
+        ):
+            return False
         at, bias_at = self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
         for member, size in zip(self.members, self.sizes, strict=True):
             if member.weight.data_ptr() != at or (self.bias is not None and member.bias.data_ptr() != bias_at):
@@ -58,6 +64,7 @@ class Shared:
 
     def separate(self) -> None:
         """Give each member that has not left already storage of its own again."""
+        self.stand_ins.clear()  # which hold this, and with it the joined weights
         for joined, parameters in (
             (self.weight, [member.weight for member in self.members]),
             (self.bias, [member.bias for member in self.members]),
@@ -70,11 +77,11 @@ class Shared:
 class Product(nn.Module):
     """Stands in for an `nn.Linear`, with its very parameters."""
 
-    def __init__(self, linear: nn.Linear, counters: torch.Tensor) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.counters = counters
+        self.counters = _counters(linear.weight)
         self.training = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +115,7 @@ class Products:
         self.groups = groups
         self.following: dict[int, torch.Tensor] = {}  # by a weight's address, the one that is read next
         self._shared: list[Shared] = []
-        self._counters: dict[nn.Linear, torch.Tensor] = {}  # kept: captured steps count there
+        self._alone: dict[nn.Linear, Product] = {}  # kept, as captured steps count in their counters
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
     def install(self) -> None:
@@ -120,13 +127,13 @@ class Products:
                 self._shared.append(Shared(group))
         stand_ins: dict[nn.Module, nn.Module] = {}
         for linear in (group[0] for group in self.groups if len(group) == 1 and _plain(group[0])):
-            if linear not in self._counters:
-                self._counters[linear] = _counters(linear.weight)
-            stand_ins[linear] = Product(linear, self._counters[linear])
+            alone = self._alone.get(linear)
+            if alone is None or alone.weight is not linear.weight or alone.bias is not linear.bias:
+                alone = self._alone[linear] = Product(linear)
+            stand_ins[linear] = alone
         for shared in self._shared:
             if all(_plain(member) for member in shared.members):  # it may have got hooks since
-                for index, member in enumerate(shared.members):
-                    stand_ins[member] = SharedProduct(member, shared, index)
+                stand_ins.update(zip(shared.members, shared.stand_ins, strict=True))
         for parent in list(self.model.modules()):
             for name, child in list(parent._modules.items()):
                 if child in stand_ins:
