@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES, VOCABULARY, batching, greedy, new_model, random_prompts, reference, shared_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from transformers_async_cb import AsyncBatchingConfig, bench
+from transformers_async_cb import AsyncBatchingConfig, bench, compiling, gpu
 from transformers_async_cb.engine import Engine
 from transformers_async_cb.lanes import CudaLane, Lanes
 from transformers_async_cb.recorder import Recorder
@@ -77,6 +77,25 @@ def test_samples_are_the_same_with_graphs_and_without():
     assert tokens[0] == tokens[1] == tokens[2]
     logprobs = [torch.tensor([output.logprobs for output in outputs.values()]) for outputs in runs]
     assert torch.allclose(logprobs[0], logprobs[1], atol=1e-4)
+
+
+def test_kernels_that_start_early_give_the_tokens_of_those_that_do_not(monkeypatch):
+    wide = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "dtype": torch.bfloat16}
+    prompts = random_prompts(32, longest=60)
+
+    def generated() -> list[list[int]]:
+        model = new_model("llama", "cuda", **wide).bfloat16()  # wide enough for products of few rows
+        outputs = model.generate_batch(prompts, generation_config=greedy(64), async_batching=True)
+        assert [output.error for output in outputs.values()] == [None] * 32
+        return [output.generated_tokens for output in outputs.values()]
+
+    from transformers_async_cb.linear import triton as linear_triton
+
+    early = generated()
+    torch._dynamo.reset()
+    for module in (compiling, gpu, linear_triton):
+        monkeypatch.setattr(module, "starts_early", lambda device: False)
+    assert generated() == early
 
 
 def test_a_kept_manager_follows_weights_that_change_in_place_and_weights_that_move():

@@ -111,28 +111,6 @@ def test_what_captured_steps_count_in_stays_where_it_is() -> None:
     assert len(taken) == 8
 
 
-def test_every_weight_is_followed_by_the_one_that_is_read_next_and_the_last_by_the_first() -> None:
-    model = new_model("llama", num_hidden_layers=2)
-    with torch.no_grad(), noting_inputs(model) as groups:
-        model(torch.tensor([[1, 2]]), use_cache=False)
-    products = Products(model, groups)
-    products.install()
-    names = {
-        module.weight.data_ptr(): name
-        for name, module in reversed(list(model.named_modules()))
-        if isinstance(module, Product | SharedProduct)
-    }
-    at = first = model.model.layers[0].self_attn.q_proj.weight.data_ptr()
-    order = []
-    for _ in groups:
-        order.append(names[at].rpartition(".")[2])
-        at = products.following[at].data_ptr()
-    assert order == ["q_proj", "o_proj", "gate_proj", "down_proj"] * 2 + ["lm_head"]
-    assert at == first
-    products.remove()
-    assert products.following == {}
-
-
 class TestGenerating:
     @pytest.mark.parametrize("settings", [{}, {"attention_bias": True}], ids=str)
     @pytest.mark.parametrize("family", FAMILIES)

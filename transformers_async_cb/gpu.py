@@ -25,7 +25,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; a small number where there is no GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 def side_by_side(device: torch.device) -> int:
@@ -39,9 +39,9 @@ def starts_early(device: torch.device) -> bool:
     """Whether a kernel may be on its way while the one before it ends: programmatic dependent launch
     (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization).
 
-    Every program of such a kernel waits (`gdc_wait`) for all before it to be done, then lets the next one start
-    (`gdc_launch_dependents`). In this order, always: so whatever is older than the kernel just before it is done when
-    it starts, and may be read ahead of the wait.
+    Every program of such a kernel waits (`gdc_wait`) for the one before it, which has waited for the one before that,
+    and so on: after it, all that is older is done. What it reads or writes ahead of it may be nothing that a kernel of
+    the same step has written. It lets the next one start (`gdc_launch_dependents`) before or after: see `compiling`.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -201,11 +200,6 @@ class ModelLoan:
         """Compute products that read the same tensor as one, until the model is given back. Their weights move to
         joined storage, and stay there until `separate_products`."""
         self._products.install()
-
-    @property
-    def following_weights(self) -> Mapping[int, torch.Tensor]:
-        """Of products that are computed our way: by a weight's address, the one that is read next."""
-        return {} if self._products is None else self._products.following
 
     def separate_products(self) -> None:
         """Give weights that were joined storage of their own again."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch._inductor.config
 from transformers.utils import logging
 
 from .attention import LayerShape, PagedLayer, Step, computing
-from .gpu import side_by_side, starts_early
+from .compiling import compiling
+from .gpu import side_by_side
 from .graphs import Graphs, StepKey
 from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
@@ -25,11 +24,6 @@ from .settings import EngineSettings
 
 
 logger = logging.get_logger(__name__)
-
-
-# Graphs that torch may keep for one piece of code. All models of a process share the code that calls their layers, so
-# its own limit of 8 would stop the ninth.
-_MOST_GRAPHS = 256
 
 
 def row_buckets(largest: int) -> list[int]:
@@ -228,7 +222,7 @@ class Runner:
     def _compute_uncaptured(self, key: StepKey) -> None:
         """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
         try:
-            with _compiling(self.device) if self.compiled else nullcontext():
+            with compiling(self.device) if self.compiled else nullcontext():
                 self._compute(key)
         except torch.OutOfMemoryError:
             raise
@@ -250,7 +244,7 @@ class Runner:
             self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
             self.counters, key.bucket.decode_only,
         )  # fmt: skip
-        with computing(step, self.backend, self.loan.following_weights):
+        with computing(step, self.backend):
             logits = self.loan.forward(ids[None], positions[None], last)
         if tables is not None:
             shape(logits, tables, a.shaped, a.rows, a.lengths)
@@ -267,13 +261,3 @@ class Runner:
         for layer in self.layers.values():
             layer.key_pages[index] = torch.nan
             layer.value_pages[index] = torch.nan
-
-
-@contextmanager
-def _compiling(device: torch.device) -> Generator[None]:
-    """Settings for what is compiled within, on this thread."""
-    with ExitStack() as settings:
-        settings.enter_context(torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS))
-        if starts_early(device):
-            settings.enter_context(torch._inductor.config.patch({"triton.enable_pdl": True}))
-        yield

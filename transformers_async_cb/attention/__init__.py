@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -67,35 +67,28 @@ ON_LOAN = (
 ATTRIBUTE = "_async_batching_layer"
 
 
-class Computing(NamedTuple):
-    """The step that a thread computes, and how."""
+class _Computing(threading.local):
+    """The step this thread computes, and how. A thread of the user's finds none here."""
 
-    step: Step
-    backend: ModuleType
-    following: Mapping[int, torch.Tensor]  # see `linear.Products`
-
-
-class _Thread(threading.local):
-    """A thread of the user's finds nothing here."""
-
-    computing: Computing | None = None
+    step: Step | None = None
+    backend: ModuleType | None = None
 
 
-_thread = _Thread()
+_computing = _Computing()
 
 
 @contextmanager
-def computing(step: Step, backend: str, following: Mapping[int, torch.Tensor] | None = None) -> Generator[None]:
+def computing(step: Step, backend: str) -> Generator[None]:
     """Within, calls of the borrowed model on this thread compute `step`."""
     if backend == "triton":
         from . import triton as implementation
     else:
         implementation = reference
-    _thread.computing = Computing(step, implementation, following or {})
+    _computing.step, _computing.backend = step, implementation
     try:
         yield
     finally:
-        _thread.computing = None
+        _computing.step = _computing.backend = None
 
 
 def attention_forward(
@@ -132,11 +125,11 @@ def attention_forward(
     return out[None], None
 
 
-def current() -> Computing:
-    """What the calling thread computes. Raises `RuntimeError` if it computes nothing."""
-    if _thread.computing is None:
+def current_step() -> tuple[Step, ModuleType]:
+    """The step that the calling thread computes, and the backend. Raises `RuntimeError` if it computes none."""
+    if _computing.step is None:
         raise RuntimeError(ON_LOAN)
-    return _thread.computing
+    return _computing.step, _computing.backend
 
 
 @torch.library.custom_op("transformers_async_cb::paged_attention", mutates_args=("key_pages", "value_pages"))
@@ -168,8 +161,8 @@ def paged_attention(
     Raises:
         RuntimeError: the calling thread computes no step.
     """
-    computing = current()
-    return computing.backend.attend(query, key, value, key_pages, value_pages, computing.step, scaling, sliding_window)
+    step, backend = current_step()
+    return backend.attend(query, key, value, key_pages, value_pages, step, scaling, sliding_window)
 
 
 @paged_attention.register_fake

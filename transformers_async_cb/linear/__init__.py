@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..attention import current
+from ..attention import current_step
 
 
 class Shared:
@@ -113,7 +113,6 @@ class Products:
     def __init__(self, model: nn.Module, groups: list[list[nn.Linear]]) -> None:
         self.model = model
         self.groups = groups
-        self.following: dict[int, torch.Tensor] = {}  # by a weight's address, the one that is read next
         self._shared: list[Shared] = []
         self._alone: dict[nn.Linear, Product] = {}  # kept, as captured steps count in their counters
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
@@ -139,18 +138,12 @@ class Products:
                 if child in stand_ins:
                     parent._modules[name] = stand_ins[child]
                     self._replaced.append((parent, name, child))
-        joined = {shared.members[0]: shared.weight for shared in self._shared}
-        weights = [joined.get(group[0], group[0].weight).detach() for group in self.groups if group[0] in stand_ins]
-        self.following = {
-            weight.data_ptr(): next_one for weight, next_one in zip(weights, weights[1:] + weights[:1], strict=True)
-        }
 
     def remove(self) -> None:
         """Put the layers back. Their weights stay joined for the next time, which they do not show."""
         for parent, name, child in self._replaced:
             parent._modules[name] = child
         self._replaced.clear()
-        self.following = {}
 
     def separate(self) -> None:
         """Give the weights storage of their own again, one group after another: never all of them twice in memory."""
@@ -245,12 +238,12 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, co
     Raises:
         RuntimeError: the calling thread computes no step.
     """
-    computing = current()
+    current_step()
     if x.device.type == "cuda":
         from . import triton
 
         if triton.suits(x, weight):
-            return triton.few_rows(x, weight, bias, counters, computing.following.get(weight.data_ptr()))
+            return triton.few_rows(x, weight, bias, counters)
     return F.linear(x, weight, bias)
 
 

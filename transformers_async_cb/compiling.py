@@ -1,0 +1,98 @@
+"""How layers are compiled, and how early the kernels start that come out of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from transformers.utils import logging
+
+from .gpu import starts_early
+
+
+logger = logging.get_logger(__name__)
+
+# Graphs that torch may keep for one piece of code. All models of a process share the code that calls their layers, so
+# its own limit of 8 would stop the ninth.
+_MOST_GRAPHS = 256
+
+
+@contextmanager
+def compiling(device: torch.device) -> Generator[None]:
+    """Settings for what is compiled within, on this thread."""
+    with ExitStack() as settings:
+        settings.enter_context(torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS))
+        if starts_early(device):
+            settings.enter_context(torch._inductor.config.patch({"triton.enable_pdl": True}))
+            if _lets_the_next_start():
+                settings.enter_context(_first_of_all())
+        yield
+
+
+class _Thread(threading.local):
+    first_of_all = False
+
+
+_thread = _Thread()
+
+
+class _Mark(CustomGraphPass):
+    """Changes no graph. It is part of the key under which torch keeps what it has compiled: kernels made here are
+    nobody else's."""
+
+    def __call__(self, graph: fx.graph.Graph) -> None:
+        pass
+
+    def uuid(self) -> Any:
+        return "transformers_async_cb: lets the next start, then waits"
+
+
+@contextmanager
+def _first_of_all() -> Generator[None]:
+    """Within, kernels that Inductor makes on this thread begin by letting the next one start, then wait for all before
+    them. By itself it lets the next one start after the last of its loads, when there is little left to wait for:
+    too late for a product to fetch its first weights meanwhile.
+
+    In turn, no kernel may read what another of the same step wrote before it has waited itself, and a kernel made so
+    may only be followed by such: Inductor's own read ahead what is older than the kernel just before them.
+    """
+    with torch._inductor.config.patch(post_grad_custom_post_pass=_Mark()):
+        _thread.first_of_all = True
+        try:
+            yield
+        finally:
+            _thread.first_of_all = False
+
+
+def _lets_the_next_start() -> bool:
+    """Whether Inductor can be told so: by a method of its own that orders these calls in a kernel's code."""
+    from torch._inductor.codegen.triton import TritonKernel
+
+    theirs: Callable | None = getattr(TritonKernel, "_filter_pdl", None)
+    if theirs is None or torch._inductor.config.post_grad_custom_post_pass is not None:
+        logger.info("kernels start a little later: this torch, or a pass of the user's, does not let us change that")
+        return False
+    if getattr(theirs, "ours", False):
+        return True
+
+    def filter_pdl(self: TritonKernel, code: Any) -> None:
+        theirs(self, code)
+        if _thread.first_of_all and self._enable_pdl_codegen():
+            code._lines = [*_FIRST_LINES, *(line for line in code._lines if not _is_first_line(line))]
+
+    filter_pdl.ours = True
+    TritonKernel._filter_pdl = filter_pdl
+    return True
+
+
+_FIRST_LINES = ("tl.extra.cuda.gdc_launch_dependents()", "tl.extra.cuda.gdc_wait()")
+
+
+def _is_first_line(line: Any) -> bool:
+    return isinstance(line, str) and line.strip() in _FIRST_LINES
