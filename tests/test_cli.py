@@ -14,6 +14,8 @@ from rich import console
 
 from transformers_async_cb import bench, cli, shapes
 from transformers_async_cb.bench import picture
+from transformers_async_cb.cli import bench as bench_command
+from transformers_async_cb.cli import demo
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ class TestDemo:
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        words = sorted({word for text in cli._TEXTS for word in text.split()})
+        words = sorted({word for text in demo._TEXTS for word in text.split()})
         tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *words])}, unk_token="?"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path)
@@ -90,7 +92,7 @@ class TestBench:
             "workload": "small", "lengths": "", "model": "tiny", "dtype": "bfloat16", "environment": "",
             "limit_seconds": 0.5, "results": [result],
         }  # fmt: skip
-        console.Console().print(cli._bench_table(record, "cuda"))
+        console.Console().print(bench_command.result_table(record, "cuda"))
         assert "25%" in capsys.readouterr().out
         picture.draw(str(tmp_path / "limit.svg"), record)
         assert (tmp_path / "limit.svg").stat().st_size > 0
