@@ -7,18 +7,23 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from .grammars import STRUCTURES, Constraint, Grammars
+from .logits import Processor, Processors, Shaping
 from .model import ModelLoan
 from .prompts import Prompt, encode
 from .request import Request, Sampling
 from .settings import (
     GenerationSettings,
+    check_logits_processor,
     check_max_new_tokens,
     check_priority,
     check_seconds,
@@ -30,10 +35,14 @@ from .settings import (
 from .stop_strings import StopStrings, TokenTexts
 
 
+logger = logging.get_logger(__name__)
+
+
 class Door:
     """Turns what users give into requests, or says what is wrong with it.
 
-    Called with the manager's lock held, but for `let_out`: that is the loop's, and must not wait for a long check.
+    Called with the manager's lock held, but for `compile`, which may take long, and `let_out`: that is the loop's, and
+    must not wait for a long check.
 
     Args:
         loan (`ModelLoan`): the model.
@@ -45,6 +54,8 @@ class Door:
         self._model = loan.model
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._criteria: tuple[Callable, ...] = ()
+        self._processors: tuple[Processor, ...] = ()
+        self._grammars: Grammars | None = None  # of the tokenizer that a grammar needed last
         self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
         self._vocabulary = loan.vocabulary
         self._learned_positions = loan.learned_positions()
@@ -60,6 +71,7 @@ class Door:
         overrides: dict[str, Any],
         tokenizer: PreTrainedTokenizerBase | None,
         stopping_criteria: list[Callable] | None,
+        logits_processor: list[Processor] | None,
     ) -> None:
         """Take the settings of the requests that are checked from now on, or none of them if one is not valid.
 
@@ -68,8 +80,10 @@ class Door:
         """
         generation = resolve_generation(self._model, config, overrides)
         criteria = check_stopping_criteria(stopping_criteria, "the call")
+        processors = check_logits_processor(logits_processor, "the call")
         self._stop_strings("generation_config", generation.stop_strings, tokenizer)
-        self._generation, self._tokenizer, self._criteria = generation, tokenizer, criteria
+        self._generation, self._tokenizer = generation, tokenizer
+        self._criteria, self._processors = criteria, processors
         self._config, self._overrides = copy.deepcopy(config), copy.deepcopy(overrides)
 
     def names(self, count: int) -> list[str]:
@@ -80,6 +94,14 @@ class Door:
                 names.append(name)
             counter += 1
         return names
+
+    def compile(self, **structures: Any) -> None:
+        """Compile what `check` will be given as `STRUCTURES`, which finds it done then, or says what is not valid."""
+        for structure, sources in structures.items():
+            for source in sources if isinstance(sources, (list, tuple)) else (sources,):
+                if source is not None and self._tokenizer is not None:
+                    with suppress(ValueError):
+                        self._grammars_of(self._tokenizer).compile(structure, source)
 
     def check(
         self,
@@ -92,13 +114,18 @@ class Door:
         stop_strings: str | list[str] | None = None,
         max_time: float | None = None,
         stopping_criteria: list[Callable] | None = None,
+        logits_processor: list[Processor] | None = None,
+        json_schema: Any = None,
+        regex: Any = None,
+        grammar: Any = None,
         generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         seed: int | None = None,
         priority: int = 0,
         deadline: float | None = None,
         **per_request: Any,
     ) -> list[Request]:
-        """The requests, of which none is let in yet. `generation_config` is one for all, or a sequence of as many.
+        """The requests, of which none is let in yet. `generation_config` is one for all, or a sequence of as many, and
+        so are `json_schema`, `regex` and `grammar`.
 
         Raises:
             ValueError: one is not valid; the message names the request and what is allowed.
@@ -112,7 +139,10 @@ class Door:
             )
         requests, now = [], time.perf_counter()
         resolved: dict[int, GenerationSettings] = {}
-        for request_id, input_ids, config in zip(request_ids, inputs, generation_config, strict=True):
+        structures = _structures(len(inputs), (json_schema, regex, grammar))
+        for request_id, input_ids, config, asked in zip(
+            request_ids, inputs, generation_config, structures, strict=True
+        ):
             name = f"request {request_id}"
             if (settings := resolved.get(id(config))) is None:
                 settings = resolved[id(config)] = self._resolve(name, config, per_request)
@@ -129,6 +159,10 @@ class Door:
                 criteria = self._criteria
             else:
                 criteria = check_stopping_criteria(stopping_criteria, name)
+            if logits_processor is None:
+                processors = self._processors
+            else:
+                processors = check_logits_processor(logits_processor, name)
             eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
             requests.append(
                 Request(
@@ -141,7 +175,9 @@ class Door:
                     stop_strings=self._stop_strings(name, strings, self._tokenizer),
                     max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
                     stopping_criteria=criteria,
-                    shaping=self._shaping(name, settings, len(tokens), limit, eos),
+                    shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
+                    processors=Processors(name, processors) if processors else None,
+                    constraint=self._constraint(name, asked, eos),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     priority=check_priority(priority, name),
@@ -190,11 +226,27 @@ class Door:
 
     @staticmethod
     def _shaping(
-        name: str, settings: GenerationSettings, prompt_length: int, limit: int, eos: tuple[int, ...]
+        name: str,
+        settings: GenerationSettings,
+        prompt_length: int,
+        limit: int,
+        eos: tuple[int, ...],
+        processors: tuple[Processor, ...],
     ) -> np.ndarray | None:
-        if settings.logits is None:
-            return None
-        shaping = settings.logits.shaping(prompt_length, prompt_length + limit, eos)
+        """With processors there is one in any case: tokens are kept on the device where there is."""
+        shaping = settings.logits and settings.logits.shaping(prompt_length, prompt_length + limit, eos)
+        if processors:
+            logger.warning_once(
+                "logits processors of your own run on a thread of the engine's: a step with such a request is not "
+                "captured, and if a processor waits for the device, so do all requests"
+            )
+            twice = settings.logits and settings.logits.of_a_class_with(processors)
+            if twice:
+                raise ValueError(
+                    f"{name}: logits_processor has a {twice.__name__}, and the generation settings ask for one too: "
+                    "give it once"
+                )
+            shaping = shaping or Shaping(prompt_length)
         try:
             return None if shaping is None else shaping.words()
         except ValueError as error:
@@ -216,6 +268,32 @@ class Door:
                 )
             self._texts = TokenTexts(tokenizer)
         return StopStrings(strings, self._texts)
+
+    def _constraint(self, name: str, asked: list[tuple[str, Any]], eos: tuple[int, ...]) -> Constraint | None:
+        if not asked:
+            return None
+        if len(asked) > 1:
+            given = " and ".join(structure for structure, _ in asked)
+            raise ValueError(f"{name}: {given} are given, but tokens can spell one thing only")
+        ((structure, source),) = asked
+        if self._tokenizer is None:
+            raise ValueError(
+                f"{name}: {structure} needs the model's tokenizer: give it with the call or the manager, tokenizer=..."
+            )
+        try:
+            grammars = self._grammars_of(self._tokenizer)
+            constraint = grammars.constraint(grammars.compile(structure, source), eos)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        if constraint.ended:
+            raise ValueError(f"{name}: no token of the vocabulary begins what its {structure} asks for")
+        return constraint
+
+    def _grammars_of(self, tokenizer: PreTrainedTokenizerBase) -> Grammars:
+        grammars = self._grammars
+        if grammars is None or not grammars.are_of(tokenizer):
+            grammars = self._grammars = Grammars(tokenizer, self._vocabulary)
+        return grammars
 
     def _prompt(self, name: str, prompt: Prompt) -> np.ndarray:
         """The prompt as int32 `[tokens]`."""
@@ -243,3 +321,22 @@ class Door:
                 "the model has learned"
             )
         return tokens.astype(np.int32)
+
+
+def _structures(count: int, given: Sequence[Any]) -> list[list[tuple[str, Any]]]:
+    """What was given as `STRUCTURES`, by prompt: pairs of which, and what.
+
+    Raises:
+        ValueError: there is a list of another length.
+    """
+    asked: list[list[tuple[str, Any]]] = [[] for _ in range(count)]
+    for structure, value in zip(STRUCTURES, given, strict=True):
+        sources = value if isinstance(value, (list, tuple)) else [value] * count
+        if len(sources) != count:
+            raise ValueError(
+                f"{structure} is a list of {len(sources)} for {count} prompts: give one for each, or one for all"
+            )
+        for i, source in enumerate(sources):
+            if source is not None:
+                asked[i].append((structure, source))
+    return asked

@@ -140,7 +140,8 @@ class Engine:
         self.runner.stage(plan, key, slot.array_in)
         self._lap("stage")
         rows = key.bucket.rows
-        take, step = lambda: self.runner.take(key, slot), lambda: self.runner.step(key, slot)
+        calls = self.runner.calls(plan)
+        take, step = lambda: self.runner.take(key, slot), lambda: self.runner.step(key, slot, calls)
         if self.recorder is not None:
             take, step = self.recorder.around(self.steps, take, step)
         self.lanes.launch(

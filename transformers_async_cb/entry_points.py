@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -36,12 +37,14 @@ def init_continuous_batching(
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stopping_criteria: list[StoppingCriteria] | None = None,
+    logits_processor: list[LogitsProcessor] | None = None,
     **overrides: Any,
 ) -> AsyncBatchingManager:
     """A manager for `model`, not started; the persistent one if there is one and its settings are the same.
 
-    Args are those of transformers' `init_continuous_batching`, and `tokenizer` and `stopping_criteria` as for
-    `model.generate` (see `AsyncBatchingManager`); other keyword arguments are generation settings.
+    Args are those of transformers' `init_continuous_batching`, and `tokenizer`, `stopping_criteria` and
+    `logits_processor` as for `model.generate` (see `AsyncBatchingManager`); other keyword arguments are generation
+    settings.
     """
     own = AsyncBatchingConfig.from_flag(async_batching)
     workload = workload_hints if isinstance(workload_hints, Workload) else Workload.from_hints(workload_hints)
@@ -53,14 +56,14 @@ def init_continuous_batching(
     if cached is None:
         return AsyncBatchingManager(
             model, generation_config, continuous_batching_config, own, workload, overrides, tokenizer,
-            stopping_criteria,
+            stopping_criteria, logits_processor,
         )  # fmt: skip
     if own != cached.async_config or continuous_batching_config not in (None, cached.continuous_batching_config):
         raise ValueError(
             "this model has a persistent manager with other settings: call "
             "model.destroy_cached_continuous_batching_manager() first"
         )
-    cached.take_up(generation_config, overrides, workload, tokenizer, stopping_criteria)
+    cached.take_up(generation_config, overrides, workload, tokenizer, stopping_criteria, logits_processor)
     return cached
 
 
@@ -78,13 +81,15 @@ def continuous_batching_context_manager(
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stopping_criteria: list[StoppingCriteria] | None = None,
+    logits_processor: list[LogitsProcessor] | None = None,
     **overrides: Any,
 ) -> Generator[AsyncBatchingManager]:
     """A started manager; stopped at the end of the block, at once if that ends with an exception. See
     `init_continuous_batching`."""
     manager = init_continuous_batching(
         model, generation_config, continuous_batching_config, workload_hints,
-        async_batching=async_batching, tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
+        async_batching=async_batching, tokenizer=tokenizer, stopping_criteria=stopping_criteria,
+        logits_processor=logits_processor, **overrides,
     )  # fmt: skip
     manager.start()
     try:
@@ -115,14 +120,19 @@ def generate_batch(
     async_batching: bool | AsyncBatchingConfig = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stopping_criteria: list[StoppingCriteria] | None = None,
+    logits_processor: list[LogitsProcessor] | None = None,
     attention_mask: torch.Tensor | Sequence[Sequence[int]] | None = None,
+    json_schema: str | dict | type | Sequence[str | dict | type | None] | None = None,
+    regex: str | Sequence[str | None] | None = None,
+    grammar: str | Sequence[str | None] | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
 
-    Args are those of transformers' `generate_batch`, and `tokenizer` and `stopping_criteria` as for `model.generate`
-    (see `AsyncBatchingManager`); but `generation_config` may also be a list with one for each input. Other keyword
-    arguments are generation settings, as for `model.generate`, and hold for all.
+    Args are those of transformers' `generate_batch`, and `tokenizer`, `stopping_criteria` and `logits_processor` as
+    for `model.generate` (see `AsyncBatchingManager`); but `generation_config` may also be a list with one for each
+    input. So may `json_schema`, `regex` and `grammar`, which say what an answer must be (see `add_request`). Other
+    keyword arguments are generation settings, as for `model.generate`, and hold for all.
 
     `inputs` may be a padded batch of token ids `[B, T]` with its `attention_mask`, a dictionary of both, or, with a
     `tokenizer`, texts and chats.
@@ -141,11 +151,13 @@ def generate_batch(
     with nullcontext() if cached is None else cached.claimed():
         manager = init_continuous_batching(
             model, generation_config, continuous_batching_config, None, async_batching=async_batching,
-            tokenizer=tokenizer, stopping_criteria=stopping_criteria, **overrides,
+            tokenizer=tokenizer, stopping_criteria=stopping_criteria, logits_processor=logits_processor, **overrides,
         )  # fmt: skip
         # Everything is checked before anything runs, and the cache is sized for what was checked.
         own = {} if configs is None else {"generation_config": configs, **overrides}
-        request_ids = manager.add_requests(prompts, record_timestamps=record_timestamps, **own)
+        request_ids = manager.add_requests(
+            prompts, record_timestamps=record_timestamps, json_schema=json_schema, regex=regex, grammar=grammar, **own
+        )
         manager.size_for_pending()
         try:
             manager.start()

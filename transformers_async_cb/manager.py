@@ -13,6 +13,7 @@ import torch
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -23,6 +24,7 @@ from transformers.utils import logging
 from .config import AsyncBatchingConfig
 from .door import Door
 from .engine import Engine
+from .grammars import STRUCTURES
 from .mailbox import Mailbox, Outbox
 from .model import ModelLoan
 from .prompts import Prompt
@@ -48,10 +50,16 @@ class AsyncBatchingManager:
         async_config (`AsyncBatchingConfig`, *optional*): settings of this engine alone.
         workload (`Workload`, *optional*): what is known of the requests, to size the cache.
         overrides (`dict`, *optional*): generation settings that go before `generation_config`'s.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings, texts and chats need it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's; stop strings, texts, chats and structured
+            output need it.
         stopping_criteria (`list[StoppingCriteria]`, *optional*): ask these after each token. They are called on the
             engine's thread, which waits for them, with the request's ids (int64 `[1, n]` on the CPU, prompt and
             answer) and `scores=None`; one object serves all requests. One that raises ends that request alone.
+        logits_processor (`list[LogitsProcessor]`, *optional*): change the logits with these, after all that the
+            generation settings do to them, and before sampling. They are called for one request at a time, on a thread
+            of the engine's, with ids int64 `[1, n]` and scores float32 `[1, V]` on the model's device; one object
+            serves all requests. After a request's last token they may be called for one more, which is discarded. One
+            that raises ends that request alone. Steps with them are not captured, and wait while they wait.
 
     Raises:
         ValueError: a setting or the model is not supported; the message says what and why.
@@ -67,6 +75,7 @@ class AsyncBatchingManager:
         overrides: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         stopping_criteria: list[StoppingCriteria] | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
     ) -> None:
         self.model = model
         self.continuous_batching_config = copy.deepcopy(continuous_batching_config) or ContinuousBatchingConfig()
@@ -75,7 +84,7 @@ class AsyncBatchingManager:
         self.workload = workload or Workload()
         self._loan = ModelLoan(model)
         self._door = Door(self._loan, self.continuous_batching_config.seed)
-        self.configure(generation_config, overrides, tokenizer, stopping_criteria)
+        self.configure(generation_config, overrides, tokenizer, stopping_criteria, logits_processor)
         self._outbox = Outbox()
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
@@ -92,9 +101,10 @@ class AsyncBatchingManager:
         overrides: dict[str, Any] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         stopping_criteria: list[StoppingCriteria] | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
     ) -> None:
         """Set the generation settings of the requests that are added from now on."""
-        self._door.configure(generation_config, overrides or {}, tokenizer, stopping_criteria)
+        self._door.configure(generation_config, overrides or {}, tokenizer, stopping_criteria, logits_processor)
 
     def take_up(
         self,
@@ -103,9 +113,10 @@ class AsyncBatchingManager:
         workload: Workload,
         tokenizer: PreTrainedTokenizerBase | None = None,
         stopping_criteria: list[StoppingCriteria] | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
     ) -> None:
         """Begin another session of a manager that was kept. Results that nobody asked for are gone."""
-        self.configure(generation_config, overrides, tokenizer, stopping_criteria)
+        self.configure(generation_config, overrides, tokenizer, stopping_criteria, logits_processor)
         self.workload = workload
         self._outbox.clear()
 
@@ -303,6 +314,10 @@ class AsyncBatchingManager:
         stop_strings: str | list[str] | None = None,
         max_time: float | None = None,
         stopping_criteria: list[StoppingCriteria] | None = None,
+        logits_processor: list[LogitsProcessor] | None = None,
+        json_schema: str | dict | type | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **per_request: Any,
     ) -> str:
         """Add one request. Its own generation settings are merged as a call's are: its keyword arguments go before its
@@ -321,6 +336,14 @@ class AsyncBatchingManager:
             max_time (`float`, *optional*): end the request with the first token that comes so many seconds after its
                 computation began, which is after any wait for room; the generation config's by default.
             stopping_criteria (`list[StoppingCriteria]`, *optional*): in place of the manager's.
+            logits_processor (`list[LogitsProcessor]`, *optional*): in place of the manager's.
+            json_schema (`str`, `dict` or a Pydantic model, *optional*): the answer is JSON of this schema. This and
+                the next two exclude each other, and need xgrammar and the manager's `tokenizer`. They end with an EOS,
+                or, if the request has none, when no token can follow; what the limit cuts off is incomplete. Tokens
+                that do not fit are left out after all other settings and processors, before sampling.
+            regex (`str`, *optional*): the whole answer matches this.
+            grammar (`str`, *optional*): the answer follows this grammar, in the EBNF of GBNF
+                (https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md) with the rule `root` on top.
             generation_config (`GenerationConfig`, *optional*): in place of all the manager's settings.
             seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
                 `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
@@ -336,13 +359,17 @@ class AsyncBatchingManager:
 
         Raises:
             ValueError: the prompt or a setting is not valid; the message names the request. Others go on.
+            ImportError: `json_schema`, `regex` or `grammar` was given, and xgrammar is not installed.
             RuntimeError: the manager is stopping or has failed.
         """
+        structures = {"json_schema": [json_schema], "regex": [regex], "grammar": [grammar]}
+        self._door.compile(**structures)
         with self._lock:
             request_ids = [request_id] if request_id is not None else self._door.names(1)
             requests = self._door.check(
                 request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, stop_strings,
-                max_time, stopping_criteria, **per_request,
+                max_time, stopping_criteria, logits_processor,
+                **structures, **per_request,
             )  # fmt: skip
             self._mailbox.post(*requests)
             self._door.let_in(requests)
@@ -357,8 +384,9 @@ class AsyncBatchingManager:
         **per_request: Any,
     ) -> list[str]:
         """Add several requests: all of them, or none if one is not valid. See `add_request`; settings hold for all,
-        but `generation_config` may be a list with one for each.
+        but `generation_config`, `json_schema`, `regex` and `grammar` may be lists with one for each.
         """
+        self._door.compile(**{name: per_request.get(name) for name in STRUCTURES})
         with self._lock:
             request_ids = self._door.names(len(inputs))
             requests = self._door.check(

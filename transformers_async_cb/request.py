@@ -13,11 +13,17 @@ import numpy as np
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .grammars import Constraint
+from .logits import Processors
 from .stop_strings import StopStrings, TokenTexts
 
 
 # Requests that one step may admit. Each takes the host some microseconds, and the device waits for a long plan.
 MOST_FRESH = 256
+
+# Requests in one step whose next token a grammar narrows down, and those of them whose prompts are being computed.
+# Each sends a bit for every token of the vocabulary; who finds no room has its turn in the next step.
+MOST_MASKED, MOST_MASKED_PROMPTS = 128, 32
 
 
 class Sampling(NamedTuple):
@@ -53,6 +59,8 @@ class Request:
     max_time: float = math.inf  # seconds from `started_time`
     stopping_criteria: tuple[Callable, ...] = ()
     shaping: np.ndarray | None = None  # int32 [words], what is done to its logits
+    processors: Processors | None = None  # the user's own; then there is a shaping too
+    constraint: Constraint | None = None  # follows the tokens known, and its mask is that of the next
     streaming: bool = False
     record_timestamps: bool = False
     arrival: int = 0
@@ -134,6 +142,8 @@ class Rows:
         self.sampled = np.zeros(count, bool)  # not greedy
         self.filtered = np.zeros(count, bool)  # top-k, top-p or min-p
         self.shaped = np.zeros(count, bool)  # something is done to their logits
+        self.processed = np.zeros(count, bool)  # by processors of the user's
+        self.masked = np.zeros(count, bool)  # only some tokens may come: not planned before the last one is known
         self.eos = np.full((count, 1), -1, np.int32)
         self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
         self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
@@ -168,6 +178,8 @@ class Rows:
         self.sampled[row] = request.sampling.temperature > 0
         self.filtered[row] = request.sampling.filtered
         self.shaped[row] = request.shaping is not None
+        self.processed[row] = request.processors is not None
+        self.masked[row] = request.constraint is not None
         if len(request.eos_ids) > self.eos.shape[1]:
             grown = np.full((self.count, len(request.eos_ids)), -1, np.int32)
             grown[:, : self.eos.shape[1]] = self.eos

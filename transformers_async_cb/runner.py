@@ -11,10 +11,11 @@ from transformers.utils import logging
 from .attention import LayerShape, PagedLayer, Step, computing
 from .compiling import compiling
 from .gpu import side_by_side
+from .grammars import mask_words
 from .graphs import Graphs, StepKey
 from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
-from .logits import SHAPING_WORDS, Tables, shape
+from .logits import SHAPING_WORDS, Call, Tables, mask, shape
 from .model import ModelLoan
 from .pages import Pages
 from .request import Rows
@@ -78,7 +79,8 @@ class Runner:
         kv_heads = max(shape.kv_heads for shape in shapes.values())
         self.programs = max(1, side_by_side(self.device) // kv_heads)
         largest = Bucket(settings.token_budget, rows.count, False)
-        self.words_in = self.words(StepKey(largest, Flavour(shaped=True)))
+        self.mask_words = mask_words(loan.vocabulary)
+        self.words_in = self.words(StepKey(largest, Flavour(shaped=True, masked=True)))
         self.words_out = rows.count * (2 if self.with_logprobs else 1)
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
@@ -134,15 +136,18 @@ class Runner:
             else:
                 tokens = self.token_buckets[np.searchsorted(self.token_buckets, tokens)]
                 rows = next(size for size in self.mixed_rows if size >= rows)
-        flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs, plan.shaped)
+        flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs, plan.shaped, plan.masked)
         return self.graphs.choose(StepKey(Bucket(tokens, rows, decode_only), flavour))
 
     def words(self, key: StepKey) -> int:
         """Of the packed inputs of a step."""
-        return key.bucket.words(self.page_size, self.programs, key.flavour.shaped)
+        return key.bucket.words(*self._shares(key.flavour))
 
     def arrays(self, key: StepKey, buffer: np.ndarray | torch.Tensor) -> StepArrays:
-        return StepArrays.of(buffer, key.bucket.sizes(self.page_size, self.programs, key.flavour.shaped))
+        return StepArrays.of(buffer, key.bucket.sizes(*self._shares(key.flavour)))
+
+    def _shares(self, flavour: Flavour) -> tuple[int, int, bool, int]:
+        return self.page_size, self.programs, flavour.shaped, self.mask_words if flavour.masked else 0
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included."""
@@ -188,6 +193,8 @@ class Runner:
             line[3:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
         if key.flavour.shaped:
             self._stage_shaped(plan, a)
+        if key.flavour.masked:
+            self._stage_masks(plan, a)
 
     def _stage_shaped(self, plan: Plan, a: StepArrays) -> None:
         r = self.rows
@@ -201,6 +208,24 @@ class Runner:
             words = r.request[row].shaping
             line[: len(words)] = words
 
+    def _stage_masks(self, plan: Plan, a: StepArrays) -> None:
+        r = self.rows
+        masked = np.flatnonzero(r.masked[plan.rows] & plan.samples)
+        a.masked[: len(masked)] = masked
+        a.masked[len(masked) :] = -1
+        for line, row in zip(a.masks.reshape(-1, self.mask_words), plan.rows[masked].tolist(), strict=False):
+            line[:] = r.request[row].constraint.mask
+
+    def calls(self, plan: Plan) -> list[Call]:
+        """Of the users' own logits processors in a step."""
+        if not plan.shaped:
+            return []
+        r = self.rows
+        return [
+            Call(i, row := int(plan.rows[i]), int(plan.starts[i] + plan.counts[i]), r.request[row].processors)
+            for i in np.flatnonzero(r.processed[plan.rows] & plan.samples).tolist()
+        ]
+
     # ------------------------------------------------------------------------------------------------ device
 
     def take(self, key: StepKey, slot: Slot) -> None:
@@ -208,22 +233,26 @@ class Runner:
         words = self.words(key)
         self.static_in[:words].copy_(slot.device_in[:words], non_blocking=True)
 
-    def step(self, key: StepKey, slot: Slot) -> None:
-        """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`."""
+    def step(self, key: StepKey, slot: Slot, calls: list[Call]) -> None:
+        """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`. With
+        `calls` it is not captured: nobody knows what they do."""
         if key.flavour.shaped and self.tables is None:
             self.tables = Tables.of(self.rows.count, self.page_table.shape[1] * self.page_size, self.device)
-        self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._compute(key))
+        if calls:
+            self._compute_uncaptured(key, calls)
+        else:
+            self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._compute(key))
         for part in range(2 if self.with_logprobs else 1):
             at = part * key.bucket.rows
             slot.device_out[at : at + key.bucket.rows].copy_(
                 self.static_out[part * self.rows.count :][: key.bucket.rows], non_blocking=True
             )
 
-    def _compute_uncaptured(self, key: StepKey) -> None:
+    def _compute_uncaptured(self, key: StepKey, calls: list[Call] | None = None) -> None:
         """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
         try:
             with compiling(self.device) if self.compiled else nullcontext():
-                self._compute(key)
+                self._compute(key, calls)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -234,9 +263,9 @@ class Runner:
                 f"the layers of {type(self.loan.model).__name__} do not compile, they run as they are written: "
                 f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             )
-            self._compute(key)
+            self._compute(key, calls)
 
-    def _compute(self, key: StepKey) -> None:
+    def _compute(self, key: StepKey, calls: list[Call] | None = None) -> None:
         a = self.arrays(key, self.static_in)
         tables = self.tables if key.flavour.shaped else None
         ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens, tables)
@@ -248,6 +277,10 @@ class Runner:
             logits = self.loan.forward(ids[None], positions[None], last)
         if tables is not None:
             shape(logits, tables, a.shaped, a.rows, a.lengths)
+        for call in calls or ():
+            call.processors(tables.history[call.row, : call.length].long(), logits[call.sequence])
+        if key.flavour.masked:
+            mask(logits, a.masked, a.masks.view(-1, self.mask_words))
         parameters = Parameters.from_table(self.parameters[a.rows])
         ids, logprobs = pick(logits, parameters, a.lengths, key.flavour)
         self.last_tokens[a.stores] = ids

@@ -11,9 +11,10 @@ import torch
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .grammars import make_masks
 from .inputs import SPARE_CELLS
 from .pages import Pages, extend_keys
-from .request import MOST_FRESH, Phase, Request, Rows
+from .request import MOST_FRESH, MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
 
 
 # Pages that a request waits for, if another is computing them: fewer it computes itself.
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     sampled: bool  # a row samples rather than takes the largest logit
     filtered: bool  # a row samples with top-k, top-p or min-p
     shaped: bool  # something is done to the logits of a row
+    masked: bool  # only some tokens may come next in a row
 
     @property
     def tokens(self) -> int:
@@ -42,7 +44,8 @@ class Plan(NamedTuple):
 
 class Scheduler:
     """Decode first, then prompts in chunks, then new requests, under a token budget; the highest priority first, and
-    within one, first come, first served.
+    within one, first come, first served. A row that a grammar narrows down skips each step that is planned before its
+    last token is known.
 
     A request is admitted when all its tokens so far have pages. A prompt takes at most half of a step's budget while
     others want some of it, so that a long one holds nobody up. When a decoding row finds no page, the last in line is
@@ -75,6 +78,7 @@ class Scheduler:
         self.prefilling: list[int] = []  # rows, in the order they were let in
         self.row_of: dict[str, int] = {}
         self._next_deadline = np.inf  # no request is late before
+        self._next_masked = 0  # row whose turn it is, where a step has no room for all masks
         self.preemptions = 0
         self.discarded = 0  # tokens sampled for requests that had ended
         self.reuse = reuse
@@ -156,6 +160,7 @@ class Scheduler:
         return Plan(
             rows, starts, counts, samples, len(decoding), fresh, cells, pages,
             bool(r.sampled[rows].any()), bool(r.filtered[rows].any()), bool(r.shaped[rows].any()),
+            bool((r.masked[rows] & samples).any()),
         )  # fmt: skip
 
     def _end_what_is_late(self, now: float) -> None:
@@ -172,7 +177,8 @@ class Scheduler:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
         r, page_size = self.rows, self.pages.page_size
         while True:
-            ready = np.flatnonzero((r.phase == Phase.RUNNING) & (r.computed >= r.prefill) & (r.total < r.limit))
+            running = (r.phase == Phase.RUNNING) & (r.computed >= r.prefill) & (r.total < r.limit)
+            ready = self._with_room_for_masks(np.flatnonzero(running & ~(r.masked & (r.known < r.total))))
             needy = ready[r.computed[ready] % page_size == 0]
             short = len(needy) - self.pages.free
             if short <= 0:
@@ -185,6 +191,17 @@ class Scheduler:
         r.pages[needy, r.page_count[needy]] = self.pages.take(len(needy))
         r.page_count[needy] += 1
         return ready
+
+    def _with_room_for_masks(self, ready: np.ndarray) -> np.ndarray:
+        """`ready` without the rows whose masks find no room, which take turns."""
+        r = self.rows
+        masked = ready[r.masked[ready]]
+        room = MOST_MASKED - MOST_MASKED_PROMPTS
+        if len(masked) <= room:
+            return ready
+        in_turn = masked[np.argsort((masked - self._next_masked) % r.count)]
+        self._next_masked = int(in_turn[room])
+        return np.setdiff1d(ready, in_turn[room:])
 
     def _make_room(self, short: int) -> bool:
         """Preempt the last row in line for a shortage of `short` pages. `False`: enough are on their way back."""
@@ -256,6 +273,8 @@ class Scheduler:
             if request.finished_time >= 0:  # cancelled
                 heapq.heappop(self.waiting)
                 continue
+            if request.constraint is not None and r.masked[self.prefilling].sum() >= MOST_MASKED_PROMPTS:
+                return None
             tokens = len(request.tokens)
             needed = self.pages.needed(tokens)
             room = min(self.pages.count, r.pages.shape[1])
@@ -337,11 +356,13 @@ class Scheduler:
         r.in_flight[plan.rows] -= 1
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
         self.discarded += int(plan.samples.sum() - live.sum())
+        if refused := self._refused(plan.rows[live], ids[live]):
+            live &= ~np.isin(plan.rows, list(refused))
         rows, tokens = plan.rows[live], ids[live]
         now = time.perf_counter()
         r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
         stopped = self._stopped(rows, tokens, now)
-        failed = self._ask(rows, stopped)
+        failed = self._ask(rows, stopped) | self._make_masks(rows, stopped)
         ended = stopped | (r.known[rows] >= r.limit[rows])
         for row in rows[r.streaming[rows] & ~ended]:
             request = r.save(row)
@@ -349,6 +370,8 @@ class Scheduler:
             self._outputs.append(request.output())
         for row, by_token in zip(rows[ended].tolist(), stopped[ended], strict=True):
             self._end(row, failed.get(row) if by_token else self._cut_short(row))
+        for row, error in refused.items():
+            self._end(row, error)
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
         for row in drained:
             self._release(int(row))
@@ -380,6 +403,36 @@ class Scheduler:
                         f"request {request.id}: its stopping criterion {name} raised {type(error).__name__}: {error}"
                     )
                     break
+        return failed
+
+    def _refused(self, rows: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
+        """Rows whose token is none, and why: it was picked by logits that a processor of the user's did not give back,
+        or does not go on with the row's grammar."""
+        r, refused = self.rows, {}
+        for i in np.flatnonzero(r.processed[rows] | r.masked[rows]):
+            row = int(rows[i])
+            request, error = r.request[row], None
+            if request.processors is not None:
+                error = request.processors.error_at(int(r.known[row]))
+            if error is None and request.constraint is not None and not request.constraint.accept(int(tokens[i])):
+                error = f"request {request.id}: its other settings ban every token that its grammar allows next"
+            if error is not None:
+                refused[row] = error
+        return refused
+
+    def _make_masks(self, rows: np.ndarray, stopped: np.ndarray) -> dict[int, str]:
+        """Narrow down the next tokens. Sets `stopped` of rows that can have none; returns what failed, by row."""
+        r, failed = self.rows, {}
+        going_on = np.flatnonzero(r.masked[rows] & ~stopped & (r.known[rows] < r.limit[rows]))
+        constraints = [r.request[row].constraint for row in rows[going_on].tolist()]
+        if constraints:
+            make_masks(constraints)
+        for i, constraint in zip(going_on.tolist(), constraints, strict=True):
+            if constraint.ended:
+                stopped[i] = True
+                if not constraint.complete:
+                    row = int(rows[i])
+                    failed[row] = f"request {r.request[row].id}: no token of the vocabulary goes on with its grammar"
         return failed
 
     def _cut_short(self, row: int) -> str | None:

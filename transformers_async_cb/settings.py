@@ -14,7 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
-from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings
+from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings, Processor
 from .model import ModelLoan
 from .request import Sampling
 
@@ -53,7 +53,6 @@ _UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
     "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
     "cpu_offload_space": ((0, None), "a preempted request is computed again"),
     "max_queue_size": ((0,), "the queue is not bounded yet"),
-    "per_request_processors": ((False,), "add_request takes the settings of a request, but no processors"),
     "use_default_compile_configs": (
         (None, False),
         "AsyncBatchingConfig(compile_layers=...) decides that",
@@ -198,6 +197,18 @@ def check_stopping_criteria(value: Iterable[Callable] | None, name: str) -> tupl
     if not isinstance(criteria, (list, tuple)) or not all(callable(criterion) for criterion in criteria):
         raise ValueError(f"{name}: stopping_criteria must be a list of StoppingCriteria, got {value!r}")
     return tuple(criteria)
+
+
+def check_logits_processor(value: Iterable[Processor] | None, name: str) -> tuple[Processor, ...]:
+    """Processors as a tuple, each once, as `generate` calls them; empty for none.
+
+    Raises:
+        ValueError: not a list, or one cannot be called; the message starts with `name`.
+    """
+    processors = () if value is None else value
+    if not isinstance(processors, (list, tuple)) or not all(callable(processor) for processor in processors):
+        raise ValueError(f"{name}: logits_processor must be a list of LogitsProcessors, got {value!r}")
+    return tuple(processor for i, processor in enumerate(processors) if processor not in processors[:i])
 
 
 class Workload(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from ..gpu import runs_triton
 from ..logits import SHAPING_WORDS, Tables
-from ..request import MOST_FRESH
+from ..request import MOST_FRESH, MOST_MASKED
 from ..sampling import PARAMETER_WORDS
 
 
@@ -40,6 +40,8 @@ class StepArrays(NamedTuple):
     shaped: np.ndarray | torch.Tensor  # [B] sequences whose logits to shape, then -1; none where nobody's are
     newly_shaped: np.ndarray | torch.Tensor  # [G] rows whose shapings to write
     shapings: np.ndarray | torch.Tensor  # [G * SHAPING_WORDS]
+    masked: np.ndarray | torch.Tensor  # [M] sequences of which only some tokens may come, then -1
+    masks: np.ndarray | torch.Tensor  # [M * mask_words] a bit for each token that may
 
     @classmethod
     def of(cls, buffer: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> StepArrays:
@@ -59,21 +61,22 @@ class Bucket(NamedTuple):
     rows: int
     decode_only: bool
 
-    def sizes(self, page_size: int, programs: int, shaped: bool = False) -> tuple[int, ...]:
+    def sizes(self, page_size: int, programs: int, shaped: bool = False, mask_words: int = 0) -> tuple[int, ...]:
         """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages; `programs` as for
-        `share_out`; `shaped` where the logits of a row are."""
+        `share_out`; `shaped` where the logits of a row are, `mask_words` of a mask where a row has one."""
         cells = self.rows if self.decode_only else self.rows + self.tokens // page_size + SPARE_CELLS
         fresh = 0 if self.decode_only else self.rows
         newly_shaped = min(fresh, MOST_FRESH) if shaped else 0
+        masked = min(self.rows, MOST_MASKED) if mask_words else 0
         t, r = self.tokens, self.rows
         return (
             t, t, t, r, r + 1, r, 2, r + programs, r, cells, cells, fresh, fresh * PARAMETER_WORDS,
-            r if shaped else 0, newly_shaped, newly_shaped * SHAPING_WORDS,
+            r if shaped else 0, newly_shaped, newly_shaped * SHAPING_WORDS, masked, masked * mask_words,
         )  # fmt: skip
 
-    def words(self, page_size: int, programs: int, shaped: bool = False) -> int:
+    def words(self, page_size: int, programs: int, shaped: bool = False, mask_words: int = 0) -> int:
         """Of a buffer that holds them."""
-        return sum(map(_aligned, self.sizes(page_size, programs, shaped)))
+        return sum(map(_aligned, self.sizes(page_size, programs, shaped, mask_words)))
 
 
 def share_out(work: np.ndarray, sequences: np.ndarray, lengths: np.ndarray, programs: int) -> None:

@@ -19,6 +19,15 @@ def shape(
         _shape(logits[sequence], shaping, tables.history[row, :length].long())
 
 
+def mask(logits: torch.Tensor, masked: torch.Tensor, masks: torch.Tensor) -> None:
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    vocabulary = logits.shape[1]
+    for sequence, words in zip(masked[masked >= 0].tolist(), masks, strict=False):
+        allowed = (words[:, None] >> bits & 1).bool().view(-1)[:vocabulary]
+        logits[sequence, : len(allowed)].masked_fill_(~allowed, -torch.inf)
+        logits[sequence, len(allowed) :] = -torch.inf
+
+
 def _shape(logits: torch.Tensor, shaping: Shaping, past: torch.Tensor) -> None:
     vocabulary, length = len(logits), len(past)
 

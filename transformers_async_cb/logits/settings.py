@@ -10,13 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     GenerationConfig,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
 )
 
+from .custom import Processor
 from .shaping import Listed, Rule, Shaping
 
 
@@ -28,6 +35,20 @@ LOGITS_FIELDS = {
 OWN_LOGITS_FIELDS = {"presence_penalty", "frequency_penalty", "logit_bias"}
 
 _NEVER = float("-inf")
+
+# What `generate` makes of each of `LogitsSettings`.
+_CLASSES = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "min_length": MinLengthLogitsProcessor,
+    "min_new_tokens": MinNewTokensLengthLogitsProcessor,
+    "ngram": NoRepeatNGramLogitsProcessor,
+    "forced_first": ForcedBOSTokenLogitsProcessor,
+    "forced_last": ForcedEOSTokenLogitsProcessor,
+    "suppressed": SuppressTokensLogitsProcessor,
+    "suppressed_first": SuppressTokensAtBeginLogitsProcessor,
+    "sequence_bias": SequenceBiasLogitsProcessor,
+    "bad_words": NoBadWordsLogitsProcessor,
+}
 
 
 class LogitsSettings(NamedTuple):
@@ -91,6 +112,12 @@ class LogitsSettings(NamedTuple):
             bad_words=tuple(_tokens("bad_words_ids", word, vocabulary) for word in config.bad_words_ids or () if word),
         )
         return None if settings == cls(vocabulary) else settings
+
+    def of_a_class_with(self, processors: Iterable[Processor]) -> type | None:
+        """The class of one of `processors`, if `generate` makes one of that class of these settings too."""
+        unset = LogitsSettings(self.vocabulary)
+        made = {_CLASSES[name] for name in _CLASSES if getattr(self, name) != getattr(unset, name)}
+        return next((type(processor) for processor in processors if type(processor) in made), None)
 
     def shaping(self, prompt_length: int, total_limit: int, eos_ids: Iterable[int]) -> Shaping | None:
         """For a prompt of so many tokens and a sequence of so many at most; `None` where there is nothing to do."""

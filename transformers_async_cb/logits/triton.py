@@ -1,4 +1,5 @@
-"""Shaping of logits in Triton, in place: one program a sequence, which goes through the rules one after the other.
+"""Shaping and masking of logits in Triton, in place. One program shapes a sequence, and goes through the rules one
+after the other.
 
 Nothing is sized by values, so a captured call can be replayed.
 """
@@ -33,6 +34,24 @@ def shape(
         tables.history, tables.history.stride(0), tables.shapings, tables.shapings.stride(0), counts,
         BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def mask(logits: torch.Tensor, masked: torch.Tensor, masks: torch.Tensor) -> None:
+    vocabulary, words = logits.shape[1], masks.shape[1]
+    _mask_kernel[(len(masked), triton.cdiv(vocabulary, _BLOCK))](
+        logits, *logits.stride(), vocabulary, masked, masks, words, BLOCK=_BLOCK, num_warps=4
+    )
+
+
+@triton.jit
+def _mask_kernel(logits, row_stride, token_stride, vocabulary, masked, masks, words, BLOCK: tl.constexpr):
+    item = tl.program_id(0).to(tl.int64)
+    sequence = tl.load(masked + item).to(tl.int64)
+    if sequence >= 0:
+        token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        word = tl.load(masks + item * words + token // 32, mask=token // 32 < words, other=0)
+        banned = (token < vocabulary) & (((word >> (token % 32)) & 1) == 0)
+        tl.store(logits + sequence * row_stride + token * token_stride, float("-inf"), mask=banned)
 
 
 # Sizes vary from step to step, and one kernel serves them all.

@@ -21,6 +21,7 @@ class Flavour(NamedTuple):
     filtered: bool = False
     logprobs: bool = False
     shaped: bool = False
+    masked: bool = False
 
 
 class Parameters(NamedTuple):
