@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from conftest import FAMILIES, VOCABULARY, batching, greedy, shared_model
+from test_grammars import EOS, GRAMMAR, Thing, tokenizer
+from test_processors import Alternate, Avoid
 from transformers import PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -32,6 +34,11 @@ def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int],
         0.14: lambda: {"suppress_tokens": [1, 2, 3]},
         0.13: lambda: {"frequency_penalty": 0.7},
         0.12: lambda: {"logit_bias": {rng.randrange(VOCABULARY): 3.0}},
+        0.11: lambda: {"logits_processor": rng.choice([Avoid, Alternate])},
+        0.1: lambda: {
+            "eos_token_id": EOS,
+            **rng.choice([{"json_schema": Thing}, {"regex": "([a-m][n-z])+[0-9]"}, {"grammar": GRAMMAR}]),
+        },
     }
     for _ in range(count):
         prompt = beginning[: rng.randint(0, 110)] + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 40))]
@@ -42,19 +49,31 @@ def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int],
         yield prompt, settings
 
 
-def alone(model: PreTrainedModel, asked: dict[str, tuple[list[int], dict[str, Any]]]) -> dict[str, list[int]]:
-    """The answer of each request when nothing runs beside it, no step waits for another and nothing is reused."""
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """As keyword arguments: processors may have a state, so each request gets new ones."""
+    kind = settings.get("logits_processor")
+    return settings if kind is None else {**settings, "logits_processor": [kind()]}
+
+
+def alone(
+    model: PreTrainedModel, asked: dict[str, tuple[list[int], dict[str, Any]]]
+) -> dict[str, tuple[list[int], str | None]]:
+    """The answer of each request when nothing runs beside it, no step waits for another and nothing is reused; and the
+    error, where settings leave no token that its grammar allows."""
     answers = {}
     with model.continuous_batching_context_manager(
         greedy(8),
         continuous_batching_config=batching(
             page_size=16, num_blocks=64, max_batch_tokens=512, allow_block_sharing=False
         ),
+        tokenizer=tokenizer(),
         async_batching=AsyncBatchingConfig(overlap=False),
     ) as manager:
         for name, (prompt, settings) in asked.items():
-            manager.add_request(prompt, request_id=name, **settings)
-            answers[name] = manager.get_result(name).generated_tokens
+            manager.add_request(prompt, request_id=name, **given(settings))
+            output = manager.get_result(name)
+            assert output.error is None or "regex" in settings or "grammar" in settings or "json_schema" in settings
+            answers[name] = output.generated_tokens, output.error
     return answers
 
 
@@ -68,13 +87,14 @@ def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap
     manager = model.init_continuous_batching(
         greedy(8),
         batching(page_size=rng.choice([2, 4, 16]), num_blocks=120, max_batch_tokens=32, max_requests_per_batch=20),
+        tokenizer=tokenizer(),
         async_batching=AsyncBatchingConfig(overlap=overlap, debug=True),
     )
     manager.start()
     engine, cancelled = manager._engine, set()
     for i, (name, (prompt, settings)) in enumerate(asked.items()):
         late = {"deadline": 0.0} if i % 25 == 24 else {}
-        manager.add_request(prompt, request_id=name, priority=rng.choice([0, 0, 1, 2]), **settings, **late)
+        manager.add_request(prompt, request_id=name, priority=rng.choice([0, 0, 1, 2]), **given(settings), **late)
         if rng.random() < 0.1:
             cancelled.add(chosen := f"request {rng.randint(0, i)}")
             manager.cancel_request(chosen)
@@ -83,9 +103,10 @@ def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap
     engine.scheduler.check_books()
     assert outputs.keys() == asked.keys()
     for name, output in outputs.items():
-        if output.error is None:
-            assert output.generated_tokens == expected[name], asked[name]
+        tokens, error = expected[name]
+        if output.error == error:
+            assert output.generated_tokens == tokens, asked[name]
         else:
             assert name in cancelled or "deadline" in output.error
-            assert output.generated_tokens == expected[name][: len(output.generated_tokens)], asked[name]
+            assert output.generated_tokens == tokens[: len(output.generated_tokens)], asked[name]
     assert engine.scheduler.reused > 0
