@@ -252,11 +252,11 @@ class TestSettingsThatAreNotSupported:
 
     @pytest.mark.parametrize("call", [
         lambda model: model.generate_batch([PROMPT], max_new_token=3, async_batching=True),
-        lambda model: model.generate_batch([PROMPT], logits_processor=[], async_batching=True),
+        lambda model: model.generate_batch([PROMPT], prefix_allowed_tokens_fn=len, async_batching=True),
         lambda model: model.init_continuous_batching(temprature=3, async_batching=True),
     ])  # fmt: skip
     def test_include_keywords_that_nobody_knows(self, model, engines, call: Callable) -> None:
-        with pytest.raises((ValueError, TypeError), match=r"max_new_token|logits_processor|temprature"):
+        with pytest.raises((ValueError, TypeError), match=r"max_new_token|prefix_allowed_tokens_fn|temprature"):
             call(model)
         nothing_ran(model, engines)
 

@@ -176,7 +176,7 @@ class Door:
                     max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
                     stopping_criteria=criteria,
                     shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
-                    processors=Processors(name, processors) if processors else None,
+                    processors=Processors(name, processors, self._model.device) if processors else None,
                     constraint=self._constraint(name, asked, eos),
                     streaming=streaming,
                     record_timestamps=record_timestamps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -69,7 +68,10 @@ class Grammars:
     def constraint(self, grammar: xgrammar.CompiledGrammar, eos_ids: Collection[int]) -> Constraint:
         """For one request, before its first token."""
         eos_ids = [token for token in eos_ids if token < self._vocabulary]
-        return Constraint(grammar, self._text | mask_of(eos_ids, self._vocabulary), eos_ids)
+        ever = self._text.copy()
+        for token in eos_ids:
+            ever.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+        return Constraint(grammar, ever, eos_ids)
 
 
 class Constraint:
@@ -84,8 +86,9 @@ class Constraint:
     def __init__(self, grammar: xgrammar.CompiledGrammar, ever: np.ndarray, eos_ids: Collection[int]) -> None:
         self.matcher = _xgrammar().GrammarMatcher(grammar, override_stop_tokens=list(eos_ids) or None)
         self.ever = ever
-        self.mask = np.empty_like(ever)  # int32 [words], current after `make_masks`
-        make_masks([self])
+        self.mask = np.empty_like(ever)  # int32 [words]
+        self.matcher.fill_next_token_bitmask(self.mask[None])
+        self.mask &= ever
 
     @property
     def ended(self) -> bool:
@@ -98,20 +101,22 @@ class Constraint:
         return self.matcher.is_completed()
 
     def accept(self, token: int) -> bool:
-        """Take the next token, after which the mask is out of date. `False`, and nothing is changed, if it may not
-        come."""
+        """Take the next token; the mask has to be renewed. `False`, and nothing is changed, if it may not come."""
         return self.matcher.accept_token(token)
 
 
-def make_masks(constraints: Sequence[Constraint]) -> None:
-    """Bring the masks of some constraints up to date, in threads of xgrammar's own if there are several."""
-    masks = np.empty((len(constraints), len(constraints[0].ever)), np.int32)
-    if len(constraints) == 1:
-        constraints[0].matcher.fill_next_token_bitmask(masks)
-    else:
-        _many().batch_fill_next_token_bitmask([constraint.matcher for constraint in constraints], masks)
-    for constraint, mask in zip(constraints, masks, strict=True):
-        np.bitwise_and(mask, constraint.ever, out=constraint.mask)
+class MaskMaker:
+    """Makes the masks of many requests at once, in threads of xgrammar's own. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._matcher = _xgrammar().BatchGrammarMatcher()
+
+    def renew(self, constraints: Sequence[Constraint]) -> None:
+        """Bring their masks up to date."""
+        masks = np.empty((len(constraints), len(constraints[0].ever)), np.int32)
+        self._matcher.batch_fill_next_token_bitmask([constraint.matcher for constraint in constraints], masks)
+        for constraint, mask in zip(constraints, masks, strict=True):
+            np.bitwise_and(mask, constraint.ever, out=constraint.mask)
 
 
 def mask_words(vocabulary: int) -> int:
@@ -124,11 +129,6 @@ def mask_of(tokens: Collection[int], vocabulary: int) -> np.ndarray:
     bits = np.zeros(32 * mask_words(vocabulary), bool)
     bits[list(tokens)] = True
     return np.packbits(bits, bitorder="little").view(np.int32)
-
-
-@functools.cache
-def _many() -> xgrammar.BatchGrammarMatcher:
-    return _xgrammar().BatchGrammarMatcher()
 
 
 def _xgrammar() -> Any:

@@ -218,7 +218,7 @@ class Runner:
 
     def calls(self, plan: Plan) -> list[Call]:
         """Of the users' own logits processors in a step."""
-        if not plan.shaped:
+        if not plan.processed:
             return []
         r = self.rows
         return [

@@ -11,7 +11,7 @@ import torch
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from .grammars import make_masks
+from .grammars import MaskMaker
 from .inputs import SPARE_CELLS
 from .pages import Pages, extend_keys
 from .request import MOST_FRESH, MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     sampled: bool  # a row samples rather than takes the largest logit
     filtered: bool  # a row samples with top-k, top-p or min-p
     shaped: bool  # something is done to the logits of a row
+    processed: bool  # by processors of the user's
     masked: bool  # only some tokens may come next in a row
 
     @property
@@ -79,6 +80,7 @@ class Scheduler:
         self.row_of: dict[str, int] = {}
         self._next_deadline = np.inf  # no request is late before
         self._next_masked = 0  # row whose turn it is, where a step has no room for all masks
+        self._mask_maker: MaskMaker | None = None  # made when a request first needs it
         self.preemptions = 0
         self.discarded = 0  # tokens sampled for requests that had ended
         self.reuse = reuse
@@ -160,7 +162,7 @@ class Scheduler:
         return Plan(
             rows, starts, counts, samples, len(decoding), fresh, cells, pages,
             bool(r.sampled[rows].any()), bool(r.filtered[rows].any()), bool(r.shaped[rows].any()),
-            bool((r.masked[rows] & samples).any()),
+            bool((r.processed[rows] & samples).any()), bool((r.masked[rows] & samples).any()),
         )  # fmt: skip
 
     def _end_what_is_late(self, now: float) -> None:
@@ -356,13 +358,16 @@ class Scheduler:
         r.in_flight[plan.rows] -= 1
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
         self.discarded += int(plan.samples.sum() - live.sum())
-        if refused := self._refused(plan.rows[live], ids[live]):
+        refused = self._refused(plan.rows[live], ids[live]) if plan.processed or plan.masked else {}
+        if refused:
             live &= ~np.isin(plan.rows, list(refused))
         rows, tokens = plan.rows[live], ids[live]
         now = time.perf_counter()
         r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
         stopped = self._stopped(rows, tokens, now)
-        failed = self._ask(rows, stopped) | self._make_masks(rows, stopped)
+        failed = self._ask(rows, stopped)
+        if plan.masked:
+            failed |= self._renew_masks(rows, stopped)
         ended = stopped | (r.known[rows] >= r.limit[rows])
         for row in rows[r.streaming[rows] & ~ended]:
             request = r.save(row)
@@ -420,13 +425,14 @@ class Scheduler:
                 refused[row] = error
         return refused
 
-    def _make_masks(self, rows: np.ndarray, stopped: np.ndarray) -> dict[int, str]:
+    def _renew_masks(self, rows: np.ndarray, stopped: np.ndarray) -> dict[int, str]:
         """Narrow down the next tokens. Sets `stopped` of rows that can have none; returns what failed, by row."""
         r, failed = self.rows, {}
         going_on = np.flatnonzero(r.masked[rows] & ~stopped & (r.known[rows] < r.limit[rows]))
         constraints = [r.request[row].constraint for row in rows[going_on].tolist()]
         if constraints:
-            make_masks(constraints)
+            self._mask_maker = self._mask_maker or MaskMaker()
+            self._mask_maker.renew(constraints)
         for i, constraint in zip(going_on.tolist(), constraints, strict=True):
             if constraint.ended:
                 stopped[i] = True

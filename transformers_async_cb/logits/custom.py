@@ -12,16 +12,18 @@ Processor = Callable[[torch.LongTensor, torch.FloatTensor], torch.FloatTensor]
 
 
 class Processors:
-    """Those of one request.
+    """Those of one request. What the calling thread has enqueued so far on its current stream comes before them.
 
     Args:
         owner (`str`): the request, as errors name it.
         processors (`tuple[Processor, ...]`): called one after the other.
+        device (`torch.device`): where they will be.
     """
 
-    def __init__(self, owner: str, processors: tuple[Processor, ...]) -> None:
+    def __init__(self, owner: str, processors: tuple[Processor, ...], device: torch.device) -> None:
         self._owner = owner
         self._processors = processors
+        self._ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._error: str | None = None
         self._failed_at = -1
 
@@ -38,6 +40,8 @@ class Processors:
         """
         if self._error is not None:
             return
+        if self._ready is not None:
+            torch.cuda.current_stream(logits.device).wait_event(self._ready)
         scores, shape = logits.to(torch.float32, copy=True)[None], (1, len(logits))
         for processor in self._processors:
             try:
