@@ -17,7 +17,6 @@ import torch
 from conftest import (
     VOCABULARY,
     batching,
-    generate_alone,
     greedy,
     random_prompts,
     reference,
@@ -92,11 +91,11 @@ def generates(prompt: tuple[int, ...], limit: int, structure: str, source: Any, 
     """What `generate` gives with xgrammar's own processor."""
     from xgrammar.contrib.hf import LogitsProcessor
 
-    config = greedy(limit, EOS)
+    config, model = greedy(limit, EOS), shared_model("llama", settings.pop("device", "cpu"))
     config.update(**settings)
     processor = LogitsProcessor(grammars().compile(structure, source))
-    ids = torch.tensor([prompt])
-    answer = shared_model("llama").generate(
+    ids = torch.tensor([prompt], device=model.device)
+    answer = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
@@ -397,23 +396,23 @@ def test_the_kernel_does_what_the_reference_does_on_the_gpu() -> None:
 
 @pytest.mark.gpu
 @OVERLAP
-def test_requests_on_the_gpu_get_what_the_cpu_gives(overlap: bool) -> None:
+def test_requests_on_the_gpu_get_what_generate_gives(overlap: bool) -> None:
     """By captured steps, beside others that are free."""
-    prompts, configs = random_prompts(24, longest=20), greedy(18, EOS)
+    prompts, config = random_prompts(24, longest=20), greedy(18, EOS)
     regexes = ["[a-z]{3,}[0-9]{2}", None] * 12
     model = shared_model("llama", "cuda")
+    expected = [
+        generates(tuple(prompt), 18, "regex", regex, device="cuda") if regex else reference(model, prompt, config)
+        for prompt, regex in zip(prompts, regexes, strict=True)
+    ]
     manager = model.init_continuous_batching(
-        configs, tokenizer=tokenizer(), async_batching=AsyncBatchingConfig(overlap=overlap, debug=True)
+        config, tokenizer=tokenizer(), async_batching=AsyncBatchingConfig(overlap=overlap, debug=True)
     )
     manager.start()
     engine = manager._engine
     for _ in range(3):
         ids = manager.add_requests(prompts, regex=regexes)
-        for prompt, regex, request_id in zip(prompts, regexes, ids, strict=True):
-            expected = (
-                generates(tuple(prompt), 18, "regex", regex) if regex else generate_alone(model, prompt, configs)
-            )
-            assert manager.get_result(request_id).generated_tokens == expected
+        assert [manager.get_result(request_id).generated_tokens for request_id in ids] == expected
     manager.stop()
     assert any(key.flavour.masked for key in engine.runner.graphs.captured)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from .settings import (
 )
 from .stop_strings import StopStrings, TokenTexts
 
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
 
 logger = logging.get_logger(__name__)
 
@@ -139,6 +142,7 @@ class Door:
             )
         requests, now = [], time.perf_counter()
         resolved: dict[int, GenerationSettings] = {}
+        compiled: dict[tuple[str, int], CompiledGrammar] = {}
         structures = _structures(len(inputs), (json_schema, regex, grammar))
         for request_id, input_ids, config, asked in zip(
             request_ids, inputs, generation_config, structures, strict=True
@@ -177,7 +181,7 @@ class Door:
                     stopping_criteria=criteria,
                     shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
                     processors=Processors(name, processors, self._model.device) if processors else None,
-                    constraint=self._constraint(name, asked, eos),
+                    constraint=self._constraint(name, asked, eos, compiled),
                     streaming=streaming,
                     record_timestamps=record_timestamps,
                     priority=check_priority(priority, name),
@@ -269,7 +273,13 @@ class Door:
             self._texts = TokenTexts(tokenizer)
         return StopStrings(strings, self._texts)
 
-    def _constraint(self, name: str, asked: list[tuple[str, Any]], eos: tuple[int, ...]) -> Constraint | None:
+    def _constraint(
+        self,
+        name: str,
+        asked: list[tuple[str, Any]],
+        eos: tuple[int, ...],
+        compiled: dict[tuple[str, int], CompiledGrammar],
+    ) -> Constraint | None:
         if not asked:
             return None
         if len(asked) > 1:
@@ -282,7 +292,9 @@ class Door:
             )
         try:
             grammars = self._grammars_of(self._tokenizer)
-            constraint = grammars.constraint(grammars.compile(structure, source), eos)
+            if (grammar := compiled.get((structure, id(source)))) is None:
+                grammar = compiled[structure, id(source)] = grammars.compile(structure, source)
+            constraint = grammars.constraint(grammar, eos)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if constraint.ended:

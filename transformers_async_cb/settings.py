@@ -188,27 +188,22 @@ def check_priority(value: int, name: str) -> int:
 
 
 def check_stopping_criteria(value: Iterable[Callable] | None, name: str) -> tuple[Callable, ...]:
-    """Criteria as a tuple, empty for none.
-
-    Raises:
-        ValueError: not a list, or one cannot be called; the message starts with `name`.
-    """
-    criteria = () if value is None else value
-    if not isinstance(criteria, (list, tuple)) or not all(callable(criterion) for criterion in criteria):
-        raise ValueError(f"{name}: stopping_criteria must be a list of StoppingCriteria, got {value!r}")
-    return tuple(criteria)
+    """Criteria as a tuple, empty for none. Raises `ValueError`, whose message starts with `name`."""
+    return _callables(value, f"{name}: stopping_criteria must be a list of StoppingCriteria")
 
 
 def check_logits_processor(value: Iterable[Processor] | None, name: str) -> tuple[Processor, ...]:
-    """Processors as a tuple, each once, as `generate` calls them; empty for none.
-
-    Raises:
-        ValueError: not a list, or one cannot be called; the message starts with `name`.
-    """
-    processors = () if value is None else value
-    if not isinstance(processors, (list, tuple)) or not all(callable(processor) for processor in processors):
-        raise ValueError(f"{name}: logits_processor must be a list of LogitsProcessors, got {value!r}")
+    """Processors as a tuple, each once, as `generate` calls them; empty for none. Raises `ValueError`, whose message
+    starts with `name`."""
+    processors = _callables(value, f"{name}: logits_processor must be a list of LogitsProcessors")
     return tuple(processor for i, processor in enumerate(processors) if processor not in processors[:i])
+
+
+def _callables(value: Iterable[Callable] | None, allowed: str) -> tuple[Callable, ...]:
+    value = () if value is None else value
+    if not isinstance(value, (list, tuple)) or not all(callable(each) for each in value):
+        raise ValueError(f"{allowed}, got {value!r}")
+    return tuple(value)
 
 
 class Workload(NamedTuple):
