@@ -263,3 +263,12 @@ def test_of_a_class_that_the_settings_ask_for_too_are_refused(llama) -> None:
     answer = manager.get_result().generated_tokens
     manager.stop()
     assert answer == generates(llama, PROMPT, 9, own, MinPLogitsWarper(0.1))
+
+
+def test_of_requests_are_there_whatever_transformers_setting_for_them_says(llama) -> None:
+    with llama.continuous_batching_context_manager(
+        greedy(9), continuous_batching_config=batching(per_request_processors=True), async_batching=True
+    ) as manager:
+        request_id = manager.add_request(PROMPT, repetition_penalty=1.4, logits_processor=[sums])
+        answer = manager.get_result(request_id).generated_tokens
+    assert answer == generates(llama, PROMPT, 9, sums, repetition_penalty=1.4)
