@@ -57,7 +57,7 @@ UNSUPPORTED_SETTINGS = [
     {"output_attentions": True, "return_dict_in_generate": True},
     {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "typical_p": 0.5},
     {"do_sample": True, "epsilon_cutoff": 0.1}, {"do_sample": True, "eta_cutoff": 0.1},
-    {"do_sample": True, "num_return_sequences": 2}, {"watermarking_config": {"greenlist_ratio": 0.3}},
+    {"watermarking_config": {"greenlist_ratio": 0.3}},
 ]  # fmt: skip
 UNSUPPORTED_BATCHING = [
     {"q_padding_interval_size": 64}, {"kv_padding_interval_size": 64}, {"scheduler_type": "prefill_first"},

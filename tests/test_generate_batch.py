@@ -511,7 +511,7 @@ class TestPromptsThatBeginAlike:
         )
         return [output.generated_tokens for output in outputs.values()], getattr(
             model, CACHED
-        )._engine.scheduler.reused
+        )._engine.scheduler.admission.reused
 
     def expected(self, model) -> list[list[int]]:
         return [reference(model, prompt, greedy(10)) for prompt in ALIKE]
@@ -551,7 +551,7 @@ class TestPromptsThatBeginAlike:
                 weight.data = weight.data * 1.5
             else:
                 model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, args, out: out * 1.5)
-        reused = getattr(model, CACHED)._engine.scheduler.reused
+        reused = getattr(model, CACHED)._engine.scheduler.admission.reused
         expected = self.expected(model)
         tokens, reused_again = self.generated(model)
         assert tokens == expected

@@ -15,7 +15,7 @@ from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from transformers_async_cb.pages import Pages
-from transformers_async_cb.request import Phase, Request, Rows
+from transformers_async_cb.request import Family, Phase, Request, Rows
 from transformers_async_cb.scheduler import MOST_FRESH, Plan, Scheduler
 
 
@@ -28,9 +28,19 @@ def new_request(arrival: int, prompt: int, limit: int, eos_ids: tuple[int, ...] 
     return Request(f"r{arrival}", tokens, prompt, limit, eos_ids=eos_ids, arrival=arrival, **settings)
 
 
+def new_family(arrival: int, prompt: int, limit: int, count: int, **settings) -> list[Request]:
+    """Sequences of one prompt. Arrivals of all but the first state which of how long a prompt they are: `token_of`."""
+    arrivals = [arrival, *(arrival + 10**3 * number + 10**6 * prompt for number in range(1, count))]
+    family = Family()
+    family.members += [new_request(a, prompt, limit, family=family, **settings) for a in arrivals]
+    return family.members
+
+
 def token_of(arrival: int, position: int) -> int:
     """What stands, or will be sampled, at a position of a request: the same however often it is computed. Every third
-    request begins like others."""
+    request begins like others, and those of a family begin with the prompt of the first."""
+    if position < arrival // 10**6:
+        arrival %= 10**3
     writer = -5 - arrival % 3 if position < arrival * 7 % 23 else arrival
     return hash((writer, position)) % VOCABULARY
 
@@ -63,6 +73,11 @@ class Device:
 
     def compute(self, plan: Plan) -> np.ndarray:
         """Write each token's position and read those before it; returns the sampled ids."""
+        table = self.table.reshape(-1, self.columns)
+        for source, copied, row, page in plan.forks.tolist():
+            table[row] = table[source]
+            for offset in range(self.page_size) if page else ():
+                self.cache[page, offset] = self.cache.get((copied, offset))
         self.table[plan.cells] = plan.pages
         arrivals = self.scheduler.rows.arrival[plan.rows].tolist()
         sequences = list(zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), arrivals, strict=True))
@@ -150,7 +165,7 @@ class Simulation:
         return {(-r.priority[row], r.arrival[row]): row for row in rows.tolist()}
 
     def check_preempted(self, before: dict[tuple[int, int], int]) -> None:
-        waiting = {place for place, _ in self.scheduler.waiting}
+        waiting = {place for place, _ in self.scheduler.line.waiting}
         preempted = {p for p, row in before.items() if p in waiting or self.rows.phase[row] == Phase.PREEMPTED}
         assert not preempted or min(before) not in preempted, "the first in line was preempted"
 
@@ -172,10 +187,16 @@ class Simulation:
         assert ((ends == r.prefill[prompts]) == plan.samples[plan.decodes :]).all()
         assert (ends == r.prefill[prompts]).all() or plan.tokens == self.scheduler.token_budget, "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
-        assert all(plan.starts[rows.tolist().index(row)] % self.pages.page_size == 0 for row in plan.fresh)
-        if plan.fresh and self.scheduler.waiting:
+        forked = set(plan.forks[:, 2].tolist())
+        assert forked <= set(plan.fresh)
+        for row in plan.fresh:
+            start, prompt = plan.starts[rows.tolist().index(row)], r.request[row].prompt_length
+            assert start == prompt - 1 if row in forked else start % self.pages.page_size == 0
+        let_go = {r.request[row].family for row in prompts} - {None}
+        still = [place for place, request in self.scheduler.line.waiting if request.family not in let_go]
+        if plan.fresh and still:
             fresh = max((-r.priority[row], r.arrival[row]) for row in plan.fresh)
-            assert fresh < min(self.scheduler.waiting)[0], "one that is before it in line still waits"
+            assert fresh < min(still), "one that is before it in line still waits"
 
     def check_books(self) -> None:
         r = self.rows
@@ -440,7 +461,7 @@ class TestTheLine:
         simulation.add(request, new_request(1, 3, 30))
         for _ in range(5):
             simulation.turn()
-        request.deadline = simulation.scheduler._next_deadline = request.created_time
+        request.deadline = simulation.scheduler.line.next_deadline = request.created_time
         simulation.run()
         assert simulation.results["r0"].error == "request r0 was not finished by its deadline, 0 s"
         assert 0 < len(simulation.results["r0"].generated_tokens) < 30
@@ -451,7 +472,7 @@ class TestPagesThatHoldABeginning:
     def run_alike(self, page_size: int = 4, pages: int = 100, reuse: bool = True) -> Simulation:
         """Three requests of which the second and third begin with the prompt of the first, one after another."""
         simulation = Simulation(2, pages, page_size, 4, 64, 40)
-        simulation.scheduler.reuse = reuse
+        simulation.scheduler.admission.reuse = reuse
         for arrival in (3, 6, 9):  # 21, 19 and 17 tokens of one beginning
             simulation.add(new_request(arrival, 24, 6))
             simulation.run()
@@ -462,19 +483,19 @@ class TestPagesThatHoldABeginning:
     @pytest.mark.parametrize("page_size, reused", [(1, 19 + 17), (4, 16 + 16), (8, 16 + 16), (32, 0)])
     def test_are_not_computed_again(self, page_size: int, reused: int) -> None:
         simulation = self.run_alike(page_size)
-        assert simulation.scheduler.looked_up == 3 * 24
-        assert simulation.scheduler.reused == reused
+        assert simulation.scheduler.admission.looked_up == 3 * 24
+        assert simulation.scheduler.admission.reused == reused
         assert sum(plan.tokens for plan in simulation.plans) == 3 * (24 + 5) - reused
 
     def test_are_computed_again_where_nothing_is_to_be_reused_or_weights_have_changed(self) -> None:
-        assert self.run_alike(reuse=False).scheduler.reused == 0
+        assert self.run_alike(reuse=False).scheduler.admission.reused == 0
         simulation = self.run_alike()
-        before = simulation.scheduler.reused
+        before = simulation.scheduler.admission.reused
         simulation.pages.forget()
         assert simulation.pages.free == simulation.pages.count
         simulation.add(new_request(12, 24, 6))
         simulation.run()
-        assert simulation.scheduler.reused == before
+        assert simulation.scheduler.admission.reused == before
 
     def test_are_shared_by_requests_that_run_together(self) -> None:
         simulation = Simulation(2, 100, 4, 4, 24, 40)
@@ -484,7 +505,7 @@ class TestPagesThatHoldABeginning:
         simulation.turn()
         assert (simulation.pages._holders == 2).sum() == 19 // 4
         simulation.run()
-        assert simulation.scheduler.reused == 16
+        assert simulation.scheduler.admission.reused == 16
 
     def test_are_waited_for_while_another_computes_them(self) -> None:
         simulation = Simulation(2, 100, 1, 8, 100, 40)
@@ -494,7 +515,7 @@ class TestPagesThatHoldABeginning:
         simulation.turn()
         assert simulation.plans[1].tokens == 1 + (24 - 19) + (24 - 17) + (24 - 15)
         simulation.run()
-        assert simulation.scheduler.reused == 19 + 17 + 15
+        assert simulation.scheduler.admission.reused == 19 + 17 + 15
         for request_id, request in simulation.requests.items():
             assert simulation.results[request_id].generated_tokens == answer_of(request)
 
@@ -509,7 +530,7 @@ class TestPagesThatHoldABeginning:
         for arrival in (3, 6):
             simulation.add(new_request(arrival, 16, 3))
             simulation.run()
-        assert simulation.scheduler.reused == 12
+        assert simulation.scheduler.admission.reused == 12
         assert simulation.results["r6"].generated_tokens == answer_of(simulation.requests["r6"])
 
     def test_are_emptied_when_others_need_them_the_longest_unused_first(self) -> None:
@@ -517,21 +538,124 @@ class TestPagesThatHoldABeginning:
         for arrival in (3, 4, 6):  # 3 leaves 5 full pages, 4 others, 6 asks for four of the first again
             simulation.add(new_request(arrival, 20, 2))
             simulation.run()
-        assert simulation.scheduler.reused == 16
+        assert simulation.scheduler.admission.reused == 16
         simulation.add(new_request(5, 30, 2))  # takes what is empty, then what 4 left
         simulation.run()
         simulation.add(new_request(9, 20, 2))
         simulation.run()
-        assert simulation.scheduler.reused == 16 + 16
+        assert simulation.scheduler.admission.reused == 16 + 16
 
     def test_a_preempted_request_finds_its_own(self) -> None:
         simulation = Simulation(2, 30, 1, 4, 64, 30)
         simulation.add(new_request(1, 10, 20), new_request(2, 10, 20))
         simulation.run()
         assert simulation.scheduler.preemptions > 0
-        assert simulation.scheduler.reused > 0
+        assert simulation.scheduler.admission.reused > 0
         for request_id, request in simulation.requests.items():
             assert simulation.results[request_id].generated_tokens == answer_of(request)
+
+
+@DEPTH
+class TestFamilies:
+    """Requests for several sequences: `r0`, and `r<number><0...0>` for those that share its prompt."""
+
+    def run(self, simulation: Simulation, *requests: Request) -> None:
+        simulation.add(*requests)
+        simulation.run()
+        for request_id, request in simulation.requests.items():
+            assert simulation.results[request_id].error is None
+            assert simulation.results[request_id].generated_tokens == answer_of(request)
+
+    @pytest.mark.parametrize("reuse", [True, False], ids=["reuse", "no reuse"])
+    @pytest.mark.parametrize("page_size, prompt", [(4, 21), (4, 20), (4, 3), (1, 9), (32, 21), (8, 1)])
+    def test_compute_their_prompt_once(self, depth: int, page_size: int, prompt: int, reuse: bool) -> None:
+        simulation = Simulation(depth, 100, page_size, 8, 64, 40)
+        simulation.scheduler.admission.reuse = reuse
+        self.run(simulation, *new_family(0, prompt, 6, 5))
+        assert sum(plan.tokens for plan in simulation.plans) == prompt + 4 + 5 * 5
+        assert len(np.concatenate([plan.forks for plan in simulation.plans])) == 4
+
+    def test_share_its_full_pages_and_copy_the_last(self, depth: int) -> None:
+        simulation = Simulation(depth, 100, 4, 8, 64, 40)
+        simulation.add(*new_family(0, 22, 6, 3))
+        simulation.turn()
+        simulation.turn()
+        assert (simulation.pages._holders == 3).sum() == 5
+        assert (simulation.plans[1].forks[:, 1] == simulation.rows.pages[0, 5]).all()
+        simulation.run()
+
+    def test_compute_it_in_chunks_while_others_pass_those_that_wait_for_it(self, depth: int) -> None:
+        simulation = Simulation(depth, 400, 4, 8, 20, 300)
+        self.run(simulation, *new_family(0, 100, 3, 4), new_request(1, 5, 2))
+        assert next(iter(simulation.results)) == "r1"
+        assert sum(plan.tokens for plan in simulation.plans) == 100 + 3 + 4 * 2 + 5 + 1
+
+    def test_share_it_with_those_that_find_a_row_later(self, depth: int) -> None:
+        simulation = Simulation(depth, 100, 4, 2, 64, 40)
+        simulation.scheduler.admission.reuse = False
+        family = new_family(0, 22, 9, 6)
+        for number, request in enumerate(family):
+            request.max_new_tokens = 3 + number
+        self.run(simulation, *family)
+        assert len(np.concatenate([plan.forks for plan in simulation.plans])) == 5
+
+    def test_pass_the_prompt_on_when_who_computes_it_is_cancelled(self, depth: int) -> None:
+        for cancelled_after in range(4):
+            simulation = Simulation(depth, 100, 4, 8, 10, 60)
+            family = new_family(0, 35, 3, 4)
+            simulation.add(*family)
+            for _ in range(cancelled_after):
+                simulation.turn()
+            simulation.scheduler.cancel(family[0], "no more")
+            simulation.scheduler.cancel(family[1], "no more")
+            simulation.run()
+            assert [simulation.results[r.id].error for r in family] == ["no more", "no more", None, None]
+            assert simulation.results[family[3].id].generated_tokens == answer_of(family[3])
+
+    def test_all_end_by_their_deadline_though_they_were_held_back(self, depth: int) -> None:
+        simulation = Simulation(depth, 100, 4, 8, 10, 60)
+        simulation.add(*new_family(0, 35, 3, 4, deadline=time.perf_counter() + 0.005))
+        simulation.turn()
+        time.sleep(0.005)
+        simulation.run()
+        assert all("deadline" in output.error for output in simulation.results.values())
+        assert len(simulation.results) == 4
+
+    def test_all_fail_when_the_prompt_does_not_fit(self, depth: int) -> None:
+        simulation = Simulation(depth, 10, 1, 4, 16, 40)
+        simulation.add(*new_family(0, 11, 3, 3), new_request(1, 6, 3))
+        simulation.run()
+        assert [output.error is None for output in simulation.results.values()] == [False, False, False, True]
+
+    def test_end_every_request_whatever_is_preempted_or_cancelled(self, rng: random.Random, depth: int) -> None:
+        page_size, reuse = rng.choice((1, 2, 3, 4, 8)), rng.random() < 0.5
+        pages = -(-39 // page_size) + rng.randint(0, 15)
+        rows = rng.randint(1, min(10, pages))
+        simulation = Simulation(depth, pages, page_size, rows, max(rows, rng.randint(1, 30)), 40)
+        simulation.scheduler.admission.reuse = reuse
+        coming, cancelled = deque(), set()
+        for arrival in range(14):
+            total = rng.randint(2, 40)
+            prompt, eos_ids = rng.randint(1, total - 1), tuple(rng.sample(range(VOCABULARY), rng.choice((0, 1, 4))))
+            settings = {"eos_ids": eos_ids, "priority": rng.choice((0, 0, 1)), "streaming": rng.random() < 0.2}
+            coming.append(new_family(arrival, prompt, total - prompt, rng.choice((1, 2, 3, 7)), **settings))
+        while coming or not simulation.scheduler.idle:
+            if coming and rng.random() < 0.4:
+                simulation.add(*coming.popleft())
+            if simulation.requests and rng.random() < 0.1:
+                request = simulation.requests[rng.choice(list(simulation.requests))]
+                for member in request.family.members if rng.random() < 0.5 else [request]:
+                    simulation.scheduler.cancel(member, "cancelled")
+                    cancelled.add(member.id)
+            simulation.turn()
+        simulation.run()
+        assert simulation.results.keys() == simulation.requests.keys()
+        for request_id, request in simulation.requests.items():
+            output, answer = simulation.results[request_id], answer_of(request)
+            assert output.generated_tokens == (
+                answer if output.error is None else answer[: len(output.generated_tokens)]
+            )
+            assert output.error is None or request_id in cancelled
 
 
 class TestTime:

@@ -13,6 +13,11 @@ from test_processors import Alternate, Avoid
 from transformers import PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb.door import sequence_id, sequence_seed
+
+
+# What gets several answers: all of them are asked for by name.
+SEQUENCES = 3
 
 
 def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int], dict[str, Any]]]:
@@ -26,6 +31,7 @@ def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int],
             "top_p": rng.choice([1.0, 0.8]),
             "min_p": rng.choice([0.0, 0.1]),
             "seed": rng.randrange(9),
+            "num_return_sequences": rng.choice([1, 1, SEQUENCES]),
         },
         0.3: lambda: {"repetition_penalty": 1.3},
         0.25: lambda: {"eos_token_id": rng.sample(range(VOCABULARY), 6)},
@@ -58,7 +64,7 @@ def given(settings: dict[str, Any]) -> dict[str, Any]:
 def alone(
     model: PreTrainedModel, asked: dict[str, tuple[list[int], dict[str, Any]]]
 ) -> dict[str, tuple[list[int], str | None]]:
-    """The answer of each request when nothing runs beside it, no step waits for another and nothing is reused; and the
+    """The answer of each sequence when nothing runs beside it, no step waits for another and nothing is reused; and the
     error, where settings leave no token that its grammar allows."""
     answers = {}
     with model.continuous_batching_context_manager(
@@ -70,10 +76,16 @@ def alone(
         async_batching=AsyncBatchingConfig(overlap=False),
     ) as manager:
         for name, (prompt, settings) in asked.items():
-            manager.add_request(prompt, request_id=name, **given(settings))
-            output = manager.get_result(name)
-            assert output.error is None or "regex" in settings or "grammar" in settings or "json_schema" in settings
-            answers[name] = output.generated_tokens, output.error
+            for number in range(settings.get("num_return_sequences", 1)):
+                own = settings | {"num_return_sequences": 1}
+                if number:
+                    own["seed"] = sequence_seed(settings["seed"], number)
+                sequence = manager.add_request(prompt, request_id=sequence_id(name, number), **given(own))
+                output = manager.get_result(sequence)
+                assert (
+                    output.error is None or "regex" in settings or "grammar" in settings or "json_schema" in settings
+                )
+                answers[sequence] = output.generated_tokens, output.error
     return answers
 
 
@@ -82,7 +94,7 @@ def alone(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap: bool, device: str) -> None:
     rng, model = random.Random(f"{family} {overlap}"), shared_model(family, device)
-    asked = {f"request {i}": request for i, request in enumerate(random_requests(rng, 100))}
+    asked = {f"request {i}": request for i, request in enumerate(random_requests(rng, 80))}
     expected = alone(model, asked)
     manager = model.init_continuous_batching(
         greedy(8),
@@ -96,17 +108,18 @@ def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap
         late = {"deadline": 0.0} if i % 25 == 24 else {}
         manager.add_request(prompt, request_id=name, priority=rng.choice([0, 0, 1, 2]), **given(settings), **late)
         if rng.random() < 0.1:
-            cancelled.add(chosen := f"request {rng.randint(0, i)}")
-            manager.cancel_request(chosen)
-    outputs = {output.request_id: output for output in (manager.get_result(timeout=300) for _ in asked)}
+            chosen, number = f"request {rng.randint(0, i)}", rng.choice([0, 1])
+            cancelled.update(sequence_id(chosen, n) for n in ([number] if number else range(SEQUENCES)))
+            manager.cancel_request(sequence_id(chosen, number))
+    outputs = {output.request_id: output for output in (manager.get_result(timeout=300) for _ in expected)}
     manager.stop()
     engine.scheduler.check_books()
-    assert outputs.keys() == asked.keys()
+    assert outputs.keys() == expected.keys()
     for name, output in outputs.items():
         tokens, error = expected[name]
         if output.error == error:
-            assert output.generated_tokens == tokens, asked[name]
+            assert output.generated_tokens == tokens
         else:
             assert name in cancelled or "deadline" in output.error
-            assert output.generated_tokens == tokens[: len(output.generated_tokens)], asked[name]
-    assert engine.scheduler.reused > 0
+            assert output.generated_tokens == tokens[: len(output.generated_tokens)]
+    assert engine.scheduler.admission.reused > 0

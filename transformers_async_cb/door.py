@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from .grammars import STRUCTURES, Constraint, Grammars
 from .logits import Processor, Processors, Shaping
 from .model import ModelLoan
 from .prompts import Prompt, encode
-from .request import Request, Sampling
+from .request import Family, Request, Sampling
 from .settings import (
     GenerationSettings,
     check_logits_processor,
@@ -39,6 +40,18 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
 logger = logging.get_logger(__name__)
+
+
+def sequence_id(request_id: str, number: int) -> str:
+    """The id of a request's sequence, by its number: the first has the request's own, others transformers' names."""
+    return f"{request_id}__child#{number - 1}" if number else request_id
+
+
+def sequence_seed(seed: int, number: int) -> int:
+    """The seed with which a request of one sequence gets what sequence `number` of a request with `seed` gets."""
+    if not number:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=7).digest(), "little")
 
 
 class Door:
@@ -150,8 +163,9 @@ class Door:
             name = f"request {request_id}"
             if (settings := resolved.get(id(config))) is None:
                 settings = resolved[id(config)] = self._resolve(name, config, per_request)
-            if request_id in self.live:
-                raise ValueError(f"{name}: this id is in use, choose another or wait for its result")
+            ids = [sequence_id(request_id, number) for number in range(settings.sequences)]
+            if (taken := next((i for i in ids if i in self.live), None)) is not None:
+                raise ValueError(f"{name}: the id {taken} is in use, choose another or wait for its result")
             tokens = self._prompt(name, input_ids)
             if max_new_tokens is None:
                 limit = settings.new_tokens(len(tokens), self._stated_positions, name)
@@ -168,27 +182,40 @@ class Door:
             else:
                 processors = check_logits_processor(logits_processor, name)
             eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
-            requests.append(
-                Request(
-                    id=request_id,
-                    tokens=tokens,
-                    prompt_length=len(tokens),
-                    max_new_tokens=limit,
-                    sampling=self._sampling(request_id, settings.sampling, seed),
-                    eos_ids=eos,
-                    stop_strings=self._stop_strings(name, strings, self._tokenizer),
-                    max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
-                    stopping_criteria=criteria,
-                    shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
-                    processors=Processors(name, processors, self._model.device) if processors else None,
-                    constraint=self._constraint(name, asked, eos, compiled),
-                    streaming=streaming,
-                    record_timestamps=record_timestamps,
-                    priority=check_priority(priority, name),
-                    deadline=now + check_seconds(deadline, "deadline", name),
-                    arrival=self._arrivals + len(requests),
-                )
+            family = Family() if settings.sequences > 1 else None
+            request = Request(
+                id=request_id,
+                tokens=tokens,
+                prompt_length=len(tokens),
+                max_new_tokens=limit,
+                sampling=self._sampling(request_id, settings.sampling, seed),
+                eos_ids=eos,
+                stop_strings=self._stop_strings(name, strings, self._tokenizer),
+                max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
+                stopping_criteria=criteria,
+                shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
+                processors=Processors(name, processors, self._model.device) if processors else None,
+                constraint=self._constraint(name, asked, eos, compiled),
+                streaming=streaming,
+                record_timestamps=record_timestamps,
+                family=family,
+                priority=check_priority(priority, name),
+                deadline=now + check_seconds(deadline, "deadline", name),
+                arrival=self._arrivals + len(requests),
             )
+            requests.append(request)
+            for number, child in enumerate(ids[1:], 1):
+                own = None if seed is None else sequence_seed(seed, number)
+                sampling = self._sampling(child, settings.sampling, own)
+                sequence = replace(
+                    request, id=child, sampling=sampling, arrival=self._arrivals + len(requests), page_keys=[]
+                )
+                if processors:
+                    sequence.processors = Processors(f"request {child}", processors, self._model.device)
+                sequence.constraint = self._constraint(f"request {child}", asked, eos, compiled)
+                requests.append(sequence)
+            if family is not None:
+                family.members += requests[-len(ids) :]
         return requests
 
     def let_in(self, requests: list[Request]) -> None:
@@ -197,6 +224,15 @@ class Door:
         self.live.update((request.id, request) for request in requests)
         while f"req_{self._counter}" in self.live:
             self._counter += 1
+
+    def sequences(self, request_id: str) -> list[Request]:
+        """The sequences of the request of that id, or the one sequence of that id, that have not ended."""
+        request = self.live.get(request_id)
+        if request is not None:
+            members = [request] if request.family is None else request.family.members
+            return [request] if members[0] is not request else [m for m in members if self.live.get(m.id) is m]
+        # The first may have ended before the others.
+        return [r for r in list(self.live.values()) if r.family is not None and r.family.members[0].id == request_id]
 
     def let_out(self, request_ids: Iterable[str]) -> None:
         """Their ids may be used again."""

@@ -117,8 +117,8 @@ class Engine:
             if not flights and self.scheduler.idle:
                 self.scheduler.check_books()
                 if mailbox.done:
-                    s = self.scheduler
-                    logger.info(f"{s.reused:,} of {s.looked_up:,} tokens of prompts so far were found in the cache")
+                    a = self.scheduler.admission
+                    logger.info(f"{a.reused:,} of {a.looked_up:,} tokens of prompts so far were found in the cache")
                     return
 
     def _read(self, mailbox: Mailbox, wait: bool) -> None:
@@ -140,13 +140,12 @@ class Engine:
         self.runner.stage(plan, key, slot.array_in)
         self._lap("stage")
         rows = key.bucket.rows
-        calls = self.runner.calls(plan)
-        take, step = lambda: self.runner.take(key, slot), lambda: self.runner.step(key, slot, calls)
+        calls, forks = self.runner.calls(plan), len(plan.forks)
+        take, step = lambda: self.runner.take(key, slot, forks), lambda: self.runner.step(key, slot, calls)
         if self.recorder is not None:
             take, step = self.recorder.around(self.steps, take, step)
-        self.lanes.launch(
-            slot, self.runner.words(key), rows * 2 if self.settings.logprobs else rows, take=take, step=step
-        )
+        words_in = self.runner.words(key) + plan.forks.size
+        self.lanes.launch(slot, words_in, rows * 2 if self.settings.logprobs else rows, take=take, step=step)
         self._lap("launch")
         self.steps += 1
         return Flight(plan, key, slot, self.steps - 1)

@@ -127,7 +127,8 @@ def generate_batch(
     grammar: str | Sequence[str | None] | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
-    """Generate for all of `inputs` and return their results by request id, in the order of the inputs.
+    """Generate for all of `inputs` and return their results by request id, in the order of the inputs; where
+    `num_return_sequences` asks for more than one, the others of an input follow its first.
 
     Args are those of transformers' `generate_batch`, and `tokenizer`, `stopping_criteria` and `logits_processor` as
     for `model.generate` (see `AsyncBatchingManager`); but `generation_config` may also be a list with one for each
@@ -158,6 +159,7 @@ def generate_batch(
         request_ids = manager.add_requests(
             prompts, record_timestamps=record_timestamps, json_schema=json_schema, regex=regex, grammar=grammar, **own
         )
+        request_ids = manager.sequence_ids(request_ids)
         manager.size_for_pending()
         try:
             manager.start()

@@ -350,12 +350,14 @@ class AsyncBatchingManager:
             priority (`int`, *optional*): requests with a higher one go first, among those that wait for room; 0 by
                 default. It is the last to be preempted, too.
             deadline (`float`, *optional*): seconds from now after which the request fails, finished or not.
-            per_request: any other generation setting, such as `do_sample=True, temperature=0.7`; and
-                `presence_penalty`, `frequency_penalty` and `logit_bias` (a dictionary from token ids to what is added
-                to their logits), which mean what they do in OpenAI's interface.
+            per_request: any other generation setting, such as `do_sample=True, temperature=0.7`. With
+                `num_return_sequences=3` two more results come, of `{request_id}__child#0` and `{request_id}__child#1`;
+                each has a seed of its own, and the prompt is computed once. And `presence_penalty`,
+                `frequency_penalty` and `logit_bias` (a dictionary from token ids to what is added to their logits),
+                which mean what they do in OpenAI's interface.
 
         Returns:
-            The request's id.
+            The request's id, which is also that of its first sequence.
 
         Raises:
             ValueError: the prompt or a setting is not valid; the message names the request. Others go on.
@@ -396,15 +398,21 @@ class AsyncBatchingManager:
             self._door.let_in(requests)
         return request_ids
 
+    def sequence_ids(self, request_ids: list[str]) -> list[str]:
+        """Those ids, each followed by those of its other sequences, as far as they have not ended."""
+        with self._lock:
+            return [request.id for request_id in request_ids for request in self._door.sequences(request_id)]
+
     def size_for_pending(self) -> None:
         """Size the cache for the requests added so far, rather than for whatever may come."""
         lengths = [min(request.total_limit, 2**31) for request in self._mailbox.pending()]
         self.workload = Workload(len(lengths), max(lengths, default=0), sum(lengths))
 
     def cancel_request(self, request_id: str) -> None:
-        """End a request: its result has the tokens so far and an error that says so. Unknown ids are ignored."""
+        """End a request: its result has the tokens so far and an error that says so. The id of a request with several
+        sequences ends all of them that go on, a child's that one alone. Unknown ids are ignored."""
         with self._lock:
-            if (request := self._door.live.get(request_id)) is not None:
+            for request in self._door.sequences(request_id):
                 self._mailbox.cancel(request)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:

@@ -75,6 +75,11 @@ class Pages:
         self._holders[pages] += 1
         return pages
 
+    def hold(self, pages: np.ndarray) -> None:
+        """Hold pages that somebody holds already, once more."""
+        assert (self._holders[pages] > 0).all(), "a page that nobody holds cannot be shared"
+        self._holders[pages] += 1
+
     def fill(self, page: int, key: bytes) -> None:
         """Note what a held page holds. Of two that hold the same, the first is known by it."""
         if key not in self._page_of and page not in self._key_of:

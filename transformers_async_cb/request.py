@@ -42,6 +42,16 @@ class Sampling(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
+class Family:
+    """The sequences of one request. One of them computes the prompt, the others then share its pages."""
+
+    members: list[Request] = field(default_factory=list)  # in order, whether they have ended or not
+    rows: list[int] = field(default_factory=list)  # of those that run
+    leader: Request | None = None  # computes the prompt, or did
+    held_back: list[Request] = field(default_factory=list)  # until the leader has
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """One request, from the door to its last token.
 
@@ -63,6 +73,7 @@ class Request:
     constraint: Constraint | None = None  # follows the tokens known, and its mask is that of the next
     streaming: bool = False
     record_timestamps: bool = False
+    family: Family | None = None  # where the prompt gets more than one answer
     arrival: int = 0
     priority: int = 0
     deadline: float = float("inf")  # of `time.perf_counter`; then it ends, finished or not

@@ -18,13 +18,17 @@ from .lanes import Slot
 from .logits import SHAPING_WORDS, Call, Tables, mask, shape
 from .model import ModelLoan
 from .pages import Pages
-from .request import Rows
+from .request import MOST_FRESH, Rows
 from .sampling import PARAMETER_WORDS, Flavour, Parameters, pick
 from .scheduler import Plan
 from .settings import EngineSettings
 
 
 logger = logging.get_logger(__name__)
+
+
+# Words of a fork: see `Admission.take_forks`.
+FORK_WORDS = 4
 
 
 def row_buckets(largest: int) -> list[int]:
@@ -80,11 +84,12 @@ class Runner:
         self.programs = max(1, side_by_side(self.device) // kv_heads)
         largest = Bucket(settings.token_budget, rows.count, False)
         self.mask_words = mask_words(loan.vocabulary)
-        self.words_in = self.words(StepKey(largest, Flavour(shaped=True, masked=True)))
+        words = self.words(StepKey(largest, Flavour(shaped=True, masked=True)))
+        self.words_in = words + min(rows.count, MOST_FRESH) * FORK_WORDS
         self.words_out = rows.count * (2 if self.with_logprobs else 1)
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
-        self.static_in = torch.zeros(self.words_in, **on_device)
+        self.static_in = torch.zeros(words, **on_device)
         self.static_out = torch.zeros(self.words_out, **on_device)
         self.page_table = torch.full((rows.count + 1, columns), Pages.PADDING, **on_device)
         self.last_tokens = torch.zeros(rows.count + 1, **on_device)
@@ -150,7 +155,9 @@ class Runner:
         return self.page_size, self.programs, flavour.shaped, self.mask_words if flavour.masked else 0
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
-        """Write a plan's packed inputs into a pinned buffer, padding included."""
+        """Write a plan's packed inputs into a pinned buffer, padding included, and its forks behind them."""
+        words = self.words(key)
+        buffer[words : words + plan.forks.size] = plan.forks.reshape(-1)
         a = self.arrays(key, buffer)
         r, decodes, sequences, padding = self.rows, plan.decodes, len(plan.rows), self.padding_row
         a.ids[:decodes] = -1 - plan.rows[:decodes]
@@ -228,10 +235,24 @@ class Runner:
 
     # ------------------------------------------------------------------------------------------------ device
 
-    def take(self, key: StepKey, slot: Slot) -> None:
-        """Copy a slot's inputs to where captured steps read them."""
+    def take(self, key: StepKey, slot: Slot, forks: int) -> None:
+        """Copy a slot's inputs to where captured steps read them, and make its forks."""
         words = self.words(key)
         self.static_in[:words].copy_(slot.device_in[:words], non_blocking=True)
+        if forks:
+            self._fork(*slot.device_in[words : words + forks * FORK_WORDS].view(forks, FORK_WORDS).unbind(1))
+
+    def _fork(
+        self, from_rows: torch.Tensor, from_pages: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor
+    ) -> None:
+        """Let rows begin with the page tables and tokens of others, and pages with the contents of others. Not part of
+        a captured step: few have forks."""
+        self.page_table[rows] = self.page_table[from_rows]
+        if self.tables is not None:
+            self.tables.history[rows] = self.tables.history[from_rows]
+        for layer in self.layers.values():
+            for storage in layer:
+                storage[pages] = storage[from_pages]
 
     def step(self, key: StepKey, slot: Slot, calls: list[Call]) -> None:
         """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`. With

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from typing import NamedTuple
 
@@ -11,14 +10,12 @@ import torch
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .admission import Admission
 from .grammars import MaskMaker
 from .inputs import SPARE_CELLS
-from .pages import Pages, extend_keys
+from .line import Line
+from .pages import Pages
 from .request import MOST_FRESH, MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
-
-
-# Pages that a request waits for, if another is computing them: fewer it computes itself.
-WORTH_WAITING = 4
 
 
 class Plan(NamedTuple):
@@ -32,6 +29,7 @@ class Plan(NamedTuple):
     fresh: list[int]  # rows that begin with this step, all among `rows`
     cells: np.ndarray  # int64 [P] entries of the flat page table that change
     pages: np.ndarray  # int32 [P] what they become
+    forks: np.ndarray  # int32 [F, 4] row and page that a row and page begin as copies of, see `Admission.take_forks`
     sampled: bool  # a row samples rather than takes the largest logit
     filtered: bool  # a row samples with top-k, top-p or min-p
     shaped: bool  # something is done to the logits of a row
@@ -74,25 +72,22 @@ class Scheduler:
         self.pages = pages
         self.token_budget = token_budget
         self.max_tokens = max_tokens
-        self.reserve = int(reserve * pages.count)
-        self.waiting: list[tuple[tuple[int, int], Request]] = []  # heap by place in line
+        self.line = Line()
+        self.admission = Admission(
+            self.line, rows, pages, max_tokens, int(reserve * pages.count), reuse, refuse=self._refuse
+        )
         self.prefilling: list[int] = []  # rows, in the order they were let in
         self.row_of: dict[str, int] = {}
-        self._next_deadline = np.inf  # no request is late before
         self._next_masked = 0  # row whose turn it is, where a step has no room for all masks
         self._mask_maker: MaskMaker | None = None  # made when a request first needs it
         self.preemptions = 0
         self.discarded = 0  # tokens sampled for requests that had ended
-        self.reuse = reuse
-        self.looked_up = 0  # tokens of requests when they were let in
-        self.reused = 0  # of those, tokens whose keys and values were there
         self._outputs: list[GenerationOutput] = []
 
     # ------------------------------------------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
-        heapq.heappush(self.waiting, ((-request.priority, request.arrival), request))
-        self._next_deadline = min(self._next_deadline, request.deadline)
+        self.line.join(request)
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request now, wherever it is. One that has ended already stays as it is."""
@@ -108,10 +103,8 @@ class Scheduler:
         """End every request with `reason`; the rows stay held until their steps retire."""
         for row in list(self.row_of.values()):
             self._end(row, reason)
-        while self.waiting:
-            request = heapq.heappop(self.waiting)[1]
-            if request.finished_time < 0:
-                self._refuse(request, reason)
+        while (request := self.line.first()) is not None:
+            self._refuse(request, reason)
 
     def save_all(self) -> None:
         """Copy the running requests' tokens so far into them, for whoever ends them without this scheduler."""
@@ -120,7 +113,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.row_of
+        return not self.line and not self.row_of
 
     def take_outputs(self) -> list[GenerationOutput]:
         outputs, self._outputs = self._outputs, []
@@ -153,27 +146,33 @@ class Scheduler:
         starts = r.computed[rows]
         ends = starts + counts
         samples = ends >= r.prefill[rows]
-        cells, pages = self._new_cells(rows, starts, ends, len(decoding), set(fresh))
+        cells, pages = self._new_cells(rows, starts, ends, len(decoding), fresh)
         r.computed[rows] = ends
         for row, _ in chunks:  # later steps find the pages written
-            self._note_full_pages(row)
+            self.admission.note_full_pages(row)
+            request = r.request[row]
+            if request.family is not None and r.computed[row] >= request.prompt_length:
+                self.line.let_go(request.family)
         r.total[rows] += samples
         r.in_flight[rows] += 1
         return Plan(
-            rows, starts, counts, samples, len(decoding), fresh, cells, pages,
+            rows, starts, counts, samples, len(decoding), list(fresh), cells, pages,
+            self.admission.take_forks(),
             bool(r.sampled[rows].any()), bool(r.filtered[rows].any()), bool(r.shaped[rows].any()),
             bool((r.processed[rows] & samples).any()), bool((r.masked[rows] & samples).any()),
         )  # fmt: skip
 
     def _end_what_is_late(self, now: float) -> None:
-        if now < self._next_deadline:
+        if now < self.line.next_deadline:
             return
-        requests = [self.rows.request[row] for row in self.row_of.values()] + [request for _, request in self.waiting]
+        requests = [*(self.rows.request[row] for row in self.row_of.values()), *self.line]
+        leaders = [r for r in requests if r.family is not None and r.family.leader is r]
+        requests += [request for leader in leaders for request in leader.family.held_back]
         for request in requests:
             if request.deadline <= now:
                 seconds = request.deadline - request.created_time
                 self.cancel(request, f"request {request.id} was not finished by its deadline, {seconds:.3g} s")
-        self._next_deadline = min((r.deadline for r in requests if r.finished_time < 0), default=np.inf)
+        self.line.next_deadline = min((r.deadline for r in requests if r.finished_time < 0), default=np.inf)
 
     def _decoding_rows(self) -> np.ndarray:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
@@ -232,23 +231,27 @@ class Scheduler:
             self._release(row)
         return True
 
-    def _chunks(self, budget: int) -> tuple[list[tuple[int, int]], list[int]]:
-        """`(row, tokens)` of the prompts that go on or begin in this step, and the rows that begin."""
+    def _chunks(self, budget: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
+        """`(row, tokens)` of the prompts that go on or begin in this step; and the rows that begin, with the first
+        column of the page table that the device must be told."""
         r = self.rows
         counts: list[int] = []
-        fresh: list[int] = []
+        fresh: dict[int, int] = {}
         spare, share, left = SPARE_CELLS, max(1, budget // 2), budget
         coming: set[bytes] = set()
-        if self.waiting:
+        if self.line:
             coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in self.prefilling))
         while left > 0:
             if len(counts) == len(self.prefilling):
-                row = self._admit(spare, coming) if len(fresh) < MOST_FRESH else None
-                if row is None:
+                admitted = self.admission.admit(spare, coming) if len(fresh) < MOST_FRESH else None
+                if admitted is None:
                     break
-                fresh.append(row)
+                row, first = admitted
+                fresh[row] = first
+                self.row_of[r.request[row].id] = row
+                self.prefilling.append(row)
                 coming.update(r.request[row].page_keys)
-                spare -= int(r.computed[row]) // self.pages.page_size
+                spare -= int(r.computed[row]) // self.pages.page_size - first
             row = self.prefilling[len(counts)]
             counts.append(min(int(r.prefill[row] - r.computed[row]), share, left))
             left -= counts[-1]
@@ -265,87 +268,17 @@ class Scheduler:
         """The rows by priority, the highest first, and by arrival."""
         return rows[np.lexsort((self.rows.arrival[rows], -self.rows.priority[rows]))]
 
-    def _admit(self, most_found: int, coming: set[bytes]) -> int | None:
-        """Give the first request in line a row and pages for all its tokens so far, if there is room; at most
-        `most_found` of them pages that hold them already. At least the last token is computed, whose logits are
-        wanted. If the next of its pages are `coming`, the line waits for them."""
-        r = self.rows
-        while self.waiting and r.free:
-            request = self.waiting[0][1]
-            if request.finished_time >= 0:  # cancelled
-                heapq.heappop(self.waiting)
-                continue
-            if request.constraint is not None and r.masked[self.prefilling].sum() >= MOST_MASKED_PROMPTS:
-                return None
-            tokens = len(request.tokens)
-            needed = self.pages.needed(tokens)
-            room = min(self.pages.count, r.pages.shape[1])
-            if needed > room:
-                heapq.heappop(self.waiting)
-                self._refuse(
-                    request,
-                    f"request {request.id} needs {needed} pages of {self.pages.page_size} tokens for its {tokens} "
-                    f"tokens, the cache has {room} for one request",
-                )
-                continue
-            found = np.empty(0, np.int32)
-            if self.reuse and request.shaping is None:  # which looks at all tokens, as they are computed
-                extend_keys(request.page_keys, request.tokens, self.pages.page_size)
-                keys = request.page_keys[: min(most_found, (tokens - 1) // self.pages.page_size)]
-                found = self.pages.find(keys)
-                wanted = keys[len(found) : len(found) + WORTH_WAITING]
-                if len(wanted) == WORTH_WAITING and coming.issuperset(wanted):
-                    self.pages.give_back(found)
-                    return None
-            if not self._leaves_room(self.pages.free - (needed - len(found))):
-                self.pages.give_back(found)
-                return None
-            row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
-            r.pages[row, :needed] = np.concatenate([found, self.pages.take(needed - len(found))])
-            r.page_count[row] = needed
-            r.full_pages[row] = len(found)
-            r.computed[row] = len(found) * self.pages.page_size
-            self.looked_up += tokens
-            self.reused += int(r.computed[row])
-            heapq.heappop(self.waiting)
-            self.row_of[request.id] = row
-            self.prefilling.append(row)
-            return row
-        return None
-
-    def _leaves_room(self, free: int) -> bool:
-        """Whether `free` pages are enough beside the running rows: each that may outgrow its pages will want another
-        (its last token needs no place)."""
-        r = self.rows
-        if free >= max(r.count - r.free, self.reserve):  # even if all of them do
-            return True
-        growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
-        return free >= max(growing, self.reserve if growing else 0)
-
-    def _note_full_pages(self, row: int) -> None:
-        """Let others find the pages of a row that are full of tokens whose values are known."""
-        if not self.reuse:
-            return
-        r, request = self.rows, self.rows.request[row]
-        known = int(r.known[row])
-        full = min(known, int(r.computed[row])) // self.pages.page_size
-        if full > r.full_pages[row]:
-            extend_keys(request.page_keys, r.tokens[row, :known], self.pages.page_size)
-            for i in range(int(r.full_pages[row]), full):
-                self.pages.fill(int(r.pages[row, i]), request.page_keys[i])
-            r.full_pages[row] = full
-
     def _new_cells(
-        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int, fresh: set[int]
+        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int, fresh: dict[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Entries of the device's flat page table that the tokens of this step touch first, and their pages; of
-        `fresh` rows, those of pages found as well."""
+        `fresh` rows, those of pages found as well, from their first column on."""
         r, page_size = self.rows, self.pages.page_size
         columns = r.pages.shape[1]
         opens = starts[:decodes] % page_size == 0
         cells = [rows[:decodes][opens] * columns + starts[:decodes][opens] // page_size]
         for row, start, end in zip(rows[decodes:], starts[decodes:], ends[decodes:], strict=True):
-            first = 0 if row in fresh else -(-start // page_size)
+            first = fresh.get(int(row), -(-start // page_size))
             cells.append(np.arange(first, -(-end // page_size)) + row * columns)
         flat = np.concatenate(cells)
         return flat, r.pages.reshape(-1)[flat]
@@ -458,6 +391,7 @@ class Scheduler:
         request = r.save(row)
         request.finish(error)
         self._outputs.append(request.output())
+        self.line.pass_on(request)
         r.phase[row] = Phase.ENDED
         self._forget_prefill(row)
         del self.row_of[request.id]
@@ -467,11 +401,14 @@ class Scheduler:
     def _release(self, row: int) -> None:
         """Nothing in flight reads the row any more: its pages and the row itself are free."""
         r = self.rows
-        self._note_full_pages(row)
+        self.admission.note_full_pages(row)
+        request = r.request[row]
+        if request.family is not None:
+            request.family.rows.remove(row)
         if r.phase[row] == Phase.PREEMPTED:
-            request = r.save(row)
+            r.save(row)
             del self.row_of[request.id]
-            self.add(request)
+            self.line.stand(request)
         self.pages.give_back(r.pages[row, : r.page_count[row]].copy())
         r.page_count[row] = 0
         r.give_back(row)
@@ -483,3 +420,4 @@ class Scheduler:
     def _refuse(self, request: Request, reason: str) -> None:
         request.finish(reason)
         self._outputs.append(request.output())
+        self.line.pass_on(request)

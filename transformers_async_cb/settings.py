@@ -26,7 +26,7 @@ PAGE_SIZE = 16
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
 _HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "max_time", "do_sample", "temperature", "top_k",
-    "top_p", "min_p",
+    "top_p", "min_p", "num_return_sequences",
 } | LOGITS_FIELDS  # fmt: skip
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
@@ -38,9 +38,9 @@ _WITHOUT_EFFECT = {
 _ONLY_WHEN_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # What `generate` takes for a field that nobody has set, and other values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "num_return_sequences": (1,), "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "encoder_repetition_penalty": (1.0,),
-    "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,), "renormalize_logits": (False, True),
+    "num_beams": (1,), "num_beam_groups": (1,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,),
+    "renormalize_logits": (False, True),
 }  # fmt: skip
 
 # `ContinuousBatchingConfig` fields that are not honoured yet: the values that ask for nothing, and what is missing.
@@ -68,6 +68,7 @@ class GenerationSettings(NamedTuple):
     eos_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
     max_time: float  # seconds
+    sequences: int  # answers to a prompt
     sampling: Sampling  # all but the seed
     logits: LogitsSettings | None
 
@@ -104,6 +105,11 @@ def resolve_generation(
     if unknown:
         raise ValueError(f"unknown keyword arguments: {sorted(unknown)} (a typo in a generation setting?)")
     do_sample = bool(merged.do_sample)
+    if (merged.num_beams or 1) != 1:
+        raise ValueError(
+            f"num_beams={merged.num_beams!r}: async_batching does not search with beams; leave num_beams at 1, or use "
+            "model.generate"
+        )
     for name in vars(GenerationConfig()):
         value = getattr(merged, name, None)
         if (
@@ -130,12 +136,16 @@ def resolve_generation(
         raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (off)")
     if do_sample and not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p} must be between 0 (off) and 1")
+    sequences = 1 if merged.num_return_sequences is None else merged.num_return_sequences
+    if isinstance(sequences, bool) or not isinstance(sequences, Integral) or sequences < 1:
+        raise ValueError(f"num_return_sequences must be an integer of 1 or more, got {sequences!r}")
     return GenerationSettings(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
         eos_ids=eos_ids(merged.eos_token_id),
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
         max_time=check_seconds(merged.max_time, "max_time", "generation_config"),
+        sequences=int(sequences),
         sampling=Sampling(temperature, min(top_k, 2**31 - 1), top_p, min_p) if do_sample else Sampling(),
         logits=LogitsSettings.of(merged, own, model.get_input_embeddings().num_embeddings),
     )

@@ -1,0 +1,180 @@
+"""Which waiting request gets a row, and the pages it begins with: found, shared, or empty."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from .line import Line
+from .pages import Pages, extend_keys
+from .request import MOST_MASKED_PROMPTS, Family, Phase, Request, Rows
+
+
+# Pages that a request waits for, if another is computing them: fewer it computes itself.
+WORTH_WAITING = 4
+
+
+class Admission:
+    """Lets requests in, in their order, as long as there are rows, and pages for all their tokens so far.
+
+    A request begins with what is there already. Sequences of one request share the full pages of its prompt, and each
+    begins with a copy of the page that holds the rest: they compute the prompt's last token alone, whose logits are
+    wanted. Other requests hold the pages that are known to contain what they begin with.
+
+    Args:
+        line (`Line`): who waits.
+        rows (`Rows`), pages (`Pages`): the books.
+        max_tokens (`int`): positions one request may use.
+        reserve (`int`): pages that are left free while anything runs.
+        reuse (`bool`): whether requests that begin alike share pages.
+        refuse (`Callable`): ends a request that can never be let in.
+    """
+
+    def __init__(
+        self,
+        line: Line,
+        rows: Rows,
+        pages: Pages,
+        max_tokens: int,
+        reserve: int,
+        reuse: bool,
+        refuse: Callable[[Request, str], None],
+    ) -> None:
+        self.line = line
+        self.rows = rows
+        self.pages = pages
+        self.max_tokens = max_tokens
+        self.reserve = reserve
+        self.reuse = reuse
+        self.looked_up = 0  # tokens of requests when they were let in
+        self.reused = 0  # of those, tokens whose keys and values were there
+        self._refuse = refuse
+        self._forks: list[tuple[int, int, int, int]] = []
+        self._fresh: set[int] = set()  # rows whose page tables the device has not been told of
+
+    def admit(self, most_found: int, coming: set[bytes]) -> tuple[int, int] | None:
+        """Give the first in line that can have one a row, and pages for all its tokens so far; of what others have
+        computed, at most `most_found` pages. If its next pages are `coming`, the line waits for them.
+
+        Returns:
+            The row, and the first column of the page table that the device must be told.
+        """
+        r = self.rows
+        while r.free and (request := self.line.first()) is not None:
+            if request.constraint is not None and self._masked_prompts() >= MOST_MASKED_PROMPTS:
+                return None
+            tokens = len(request.tokens)
+            needed = self.pages.needed(tokens)
+            room = min(self.pages.count, r.pages.shape[1])
+            if needed > room:
+                self._refuse(
+                    request,
+                    f"request {request.id} needs {needed} pages of {self.pages.page_size} tokens for its {tokens} "
+                    f"tokens, the cache has {room} for one request",
+                )
+                continue
+            source = None
+            if request.family is not None:
+                source = self._source(request)
+                if source is None and self._is_computing(request.family):
+                    self.line.hold_first_back()
+                    continue
+            found = np.empty(0, np.int32)
+            if source is None or tokens > request.prompt_length:  # it was preempted, and may find its own
+                found = self._find(request, most_found, coming)
+                if found is None:
+                    return None
+            if source is not None and len(found) * self.pages.page_size >= request.prompt_length:
+                source = None
+            if source is not None:
+                self.pages.give_back(found)
+                found = r.pages[source, : (request.prompt_length - 1) // self.pages.page_size]
+                self.pages.hold(found)
+            if not self.leaves_room(self.pages.free - (needed - len(found))):
+                self.pages.give_back(found)
+                return None
+            self.line.pop()
+            row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
+            r.pages[row, :needed] = np.concatenate([found, self.pages.take(needed - len(found))])
+            r.page_count[row] = needed
+            r.full_pages[row] = len(found)
+            r.computed[row] = len(found) * self.pages.page_size
+            if source is not None:
+                self._fork(source, row)
+            elif request.family is not None:
+                request.family.leader = request
+            if request.family is not None:
+                request.family.rows.append(row)
+            self._fresh.add(row)
+            self.looked_up += tokens
+            self.reused += int(r.computed[row])
+            return row, 0 if source is None else len(found)
+        return None
+
+    def take_forks(self) -> np.ndarray:
+        """The forks of a plan that is complete: int32 `[F, 4]`, a row and a page of it, and the row and page that
+        begin as their copies. The page is the padding page where the shared pages hold all but the last token."""
+        forks, self._forks = self._forks, []
+        self._fresh.clear()
+        return np.array(forks, np.int32).reshape(-1, 4)
+
+    def leaves_room(self, free: int) -> bool:
+        """Whether `free` pages are enough beside the running rows: each that may outgrow its pages will want another
+        (its last token needs no place)."""
+        r = self.rows
+        if free >= max(r.count - r.free, self.reserve):  # even if all of them do
+            return True
+        growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
+        return free >= max(growing, self.reserve if growing else 0)
+
+    def note_full_pages(self, row: int) -> None:
+        """Let others find the pages of a row that are full of tokens whose values are known."""
+        if not self.reuse:
+            return
+        r, request = self.rows, self.rows.request[row]
+        known = int(r.known[row])
+        full = min(known, int(r.computed[row])) // self.pages.page_size
+        if full > r.full_pages[row]:
+            extend_keys(request.page_keys, r.tokens[row, :known], self.pages.page_size)
+            for i in range(int(r.full_pages[row]), full):
+                self.pages.fill(int(r.pages[row, i]), request.page_keys[i])
+            r.full_pages[row] = full
+
+    def _masked_prompts(self) -> int:
+        """Rows whose prompts are being computed, and whose first tokens a grammar narrows down."""
+        r = self.rows
+        return int((r.masked & (r.phase == Phase.RUNNING) & (r.computed < r.prefill)).sum())
+
+    def _find(self, request: Request, most: int, coming: set[bytes]) -> np.ndarray | None:
+        """Hold the pages that have what a request begins with; `None` if it is worth waiting for more."""
+        if not self.reuse or request.shaping is not None:  # which looks at all tokens, as they are computed
+            return np.empty(0, np.int32)
+        page_size = self.pages.page_size
+        extend_keys(request.page_keys, request.tokens, page_size)
+        keys = request.page_keys[: min(most, (len(request.tokens) - 1) // page_size)]  # the last token is computed
+        found = self.pages.find(keys)
+        wanted = keys[len(found) : len(found) + WORTH_WAITING]
+        if len(wanted) == WORTH_WAITING and coming.issuperset(wanted):
+            self.pages.give_back(found)
+            return None
+        return found
+
+    def _source(self, request: Request) -> int | None:
+        """A row whose pages have the prompt of a request, if there is one."""
+        r = self.rows
+        rows = (row for row in request.family.rows if row not in self._fresh)
+        return next((row for row in rows if r.computed[row] >= request.prompt_length), None)
+
+    def _is_computing(self, family: Family) -> bool:
+        """Whether a prompt is being computed that no row's pages have yet."""
+        return any(self.rows.phase[row] == Phase.RUNNING for row in family.rows)
+
+    def _fork(self, source: int, row: int) -> None:
+        """Let a row that holds the full pages of the source's prompt begin behind the prompt's last token but one."""
+        r, request = self.rows, self.rows.request[row]
+        shared, rest = divmod(request.prompt_length - 1, self.pages.page_size)
+        pages = (r.pages[source, shared], r.pages[row, shared]) if rest else (Pages.PADDING, Pages.PADDING)
+        self._forks.append((source, pages[0], row, pages[1]))
+        request.page_keys = r.request[source].page_keys[:shared]
+        r.computed[row] = request.prompt_length - 1
