@@ -319,7 +319,7 @@ class TestRequestsThatCannotGoOn:
         ({"json_schema": {"type": "strin"}}, 'json_schema is not valid: Unsupported type "strin"'),
         ({"json_schema": "{"}, "json_schema is not valid: .*Failed to parse JSON"),
         ({"json_schema": 3}, "json_schema is not valid"),
-        ({"json_schema": {"enum": [object()]}}, "json_schema is not valid"),
+        ({"json_schema": {"enum": [{1}]}}, "json_schema is not valid"),
         ({"regex": "a", "grammar": GRAMMAR}, "regex and grammar are given, but tokens can spell one thing only"),
     ], ids=str)  # fmt: skip
     def test_are_refused_where_that_is_known(self, llama, asked: dict, reason: str) -> None:
