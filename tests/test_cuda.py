@@ -134,13 +134,14 @@ def test_a_recording_has_the_steps_of_the_device_on_the_hosts_clock(most_steps):
     manager.add_requests(random_prompts(20, longest=60))
     manager.warmup()
     engine = manager._engine
-    engine.recorder = recorder = Recorder(torch.device("cuda"), most_steps)
+    engine.recorder = recorder = Recorder(most_steps)
     manager.start()
     manager.stop()
     steps, kept = recorder.device_spans(), min(engine.steps, most_steps)
-    assert [span.step for span in steps] == list(range(engine.steps - kept, engine.steps))
-    assert all(span.begin < span.end for span in steps)
-    assert all(one.end <= following.begin for one, following in pairwise(steps))
+    for spans in (steps, recorder.device_spans("copy_in"), recorder.device_spans("copy_out")):
+        assert [span.step for span in spans] == list(range(engine.steps - kept, engine.steps))
+        assert all(span.begin < span.end for span in spans)
+        assert all(one.end <= following.begin for one, following in pairwise(spans))
     launches = {span.step: span.begin for span in recorder.host_spans() if span.phase == "launch"}
     waits = {span.step: span.end for span in recorder.host_spans() if span.phase == "wait"}
     slack = 2e-3  # between the two clocks

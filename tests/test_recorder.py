@@ -5,12 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-import torch
 from conftest import greedy, random_prompts, shared_model
 
 from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.engine import Engine
-from transformers_async_cb.recorder import HOST_PHASES, WAITING_PHASES, Recorder
+from transformers_async_cb.recorder import HOST_PHASES, LANES, WAITING_PHASES, Recorder
 
 
 def recorded(overlap: bool = True, most_steps: int = 2**14) -> tuple[Recorder, Engine]:
@@ -20,7 +19,7 @@ def recorded(overlap: bool = True, most_steps: int = 2**14) -> tuple[Recorder, E
     manager.add_requests(random_prompts(5, 40))
     manager.warmup()
     engine = manager._engine
-    engine.recorder = Recorder(torch.device("cpu"), most_steps)
+    engine.recorder = Recorder(most_steps)
     manager.start()
     manager.stop()
     return engine.recorder, engine
@@ -32,9 +31,10 @@ def recording() -> tuple[Recorder, Engine]:
 
 
 class TestARecording:
-    def test_has_every_step_once_and_none_overlap(self, recording) -> None:
+    @pytest.mark.parametrize("lane", LANES)
+    def test_has_every_step_once_on_each_lane_and_none_overlap(self, recording, lane: str) -> None:
         recorder, engine = recording
-        steps = recorder.device_spans()
+        steps = recorder.device_spans(lane)
         assert [span.step for span in steps] == list(range(engine.steps))
         assert all(span.begin < span.end for span in steps)
         assert all(one.end <= next_one.begin for one, next_one in pairwise(steps))
@@ -62,9 +62,20 @@ class TestARecording:
         assert times.host_mean_ms * times.steps <= seconds * 1e3
         assert len(recorder.host_ms()) == engine.steps
 
-    def test_is_empty_once_cleared(self) -> None:
-        recorder, _ = recorded()
-        recorder.clear()
+    def test_has_a_step_travel_in_before_it_is_computed_and_out_after(self, recording) -> None:
+        lanes = (recording[0].device_spans(lane) for lane in ("copy_in", "compute", "copy_out"))
+        for arriving, computing, leaving in zip(*lanes, strict=True):
+            assert arriving.end <= computing.begin
+            assert computing.end <= leaving.begin
+
+    def test_says_what_each_step_computed(self, recording) -> None:
+        sizes = recording[0].sizes()
+        assert sizes[0].decodes == 0
+        assert sizes[0].tokens == sum(map(len, random_prompts(5, 40)))
+        assert sizes[-1] == (recording[1].steps - 1, 5, 5, 5)
+
+    def test_of_nothing_is_empty(self) -> None:
+        recorder = Recorder()
         assert recorder.host_spans() == recorder.device_spans() == []
         with pytest.raises(RuntimeError, match="no step was recorded"):
             recorder.step_times()

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .gpu import starts_early
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Graphs that torch may keep for one piece of code. All models of a process share the code that calls their layers, so
 # its own limit of 8 would stop the ninth.

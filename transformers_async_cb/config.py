@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .timeline import check_file
+
 
 ATTENTION_BACKENDS = ("auto", "reference", "triton")
 
@@ -29,6 +31,10 @@ class AsyncBatchingConfig:
             Compute projections that read the same tensor (query, key and value; gate and up) as one product, and
             products of few rows on a kernel of ours. By default on CUDA, and not elsewhere. The parameters stay the
             objects they are, but their data move to joined storage while the engine lives.
+        timeline (`str`, *optional*):
+            A file for what the host and the device did in each step, written when generation has ended: a trace that
+            https://ui.perfetto.dev opens (`.json`), or a picture (`.png`, `.svg`, `.pdf`; needs matplotlib). Of a long
+            run, the last 16,384 steps. `manager.trace(file)` does the same for a part of a run.
         debug (`bool`, *optional*, defaults to `False`):
             Fill pages that are given back with NaN and staging buffers with -1, so that a read after release shows
             in the results. Slow.
@@ -38,6 +44,7 @@ class AsyncBatchingConfig:
     attention_backend: str = "auto"
     compile_layers: bool | None = None
     fuse_projections: bool | None = None
+    timeline: str | None = None
     debug: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +56,8 @@ class AsyncBatchingConfig:
             raise ValueError(
                 f"attention_backend={self.attention_backend!r} is not known: choose one of {ATTENTION_BACKENDS}"
             )
+        if self.timeline is not None:
+            check_file(self.timeline)
 
     @classmethod
     def from_flag(cls, flag: bool | AsyncBatchingConfig) -> AsyncBatchingConfig:

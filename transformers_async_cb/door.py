@@ -39,7 +39,7 @@ from .stop_strings import StopStrings, TokenTexts
 if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def sequence_id(request_id: str, number: int) -> str:

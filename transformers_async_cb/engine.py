@@ -15,9 +15,10 @@ from .graphs import StepKey
 from .interpreter import undisturbed
 from .lanes import Lanes, Slot
 from .mailbox import Mailbox
+from .metrics import Meter, Metrics
 from .model import ModelLoan
 from .pages import Pages
-from .recorder import Recorder
+from .recorder import Recorder, StepSize
 from .request import Rows
 from .runner import Runner
 from .scheduler import Plan, Scheduler
@@ -69,7 +70,8 @@ class Engine:
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self._weights: tuple | None = None
         self.steps = 0
-        self.recorder: Recorder | None = None  # set between runs, by whoever wants to know what takes how long
+        self.meter = Meter()
+        self.recorder: Recorder | None = None  # set while the loop stands still, by whoever wants to know more
 
     def fits(self, workload: Workload) -> bool:
         """Whether this engine still fits its model, and serves `workload` as well as a new one would."""
@@ -90,13 +92,17 @@ class Engine:
         if self.runner.device.type == "cuda":
             torch.cuda.set_device(self.runner.device)
         flights: deque[Flight] = deque()
+        self._set_clock()
         self._lap("idle")
         while True:
             if mailbox.pausing:
                 while flights:
                     self._retire(flights.popleft())
-                deliver(self.scheduler.take_outputs())
+                self._deliver(deliver)
+                self._lap("deliver")
+                self._set_clock()
                 mailbox.park()
+                self._set_clock()
                 self._lap("idle")
             idle = self.scheduler.idle and not flights
             self._read(mailbox, wait=idle)
@@ -111,14 +117,16 @@ class Engine:
             elif plan is None and not self.scheduler.idle:
                 raise RuntimeError("requests wait, nothing is in flight, and nothing can be planned")
 
-            if outputs := self.scheduler.take_outputs():
-                deliver(outputs)
+            self._deliver(deliver)
             self._lap("deliver")
+            if self.meter.tick():
+                logger.info(str(self.metrics()))
             if not flights and self.scheduler.idle:
                 self.scheduler.check_books()
                 if mailbox.done:
                     a = self.scheduler.admission
                     logger.info(f"{a.reused:,} of {a.looked_up:,} tokens of prompts so far were found in the cache")
+                    self._set_clock()
                     return
 
     def _read(self, mailbox: Mailbox, wait: bool) -> None:
@@ -141,11 +149,15 @@ class Engine:
         self._lap("stage")
         rows = key.bucket.rows
         calls, forks = self.runner.calls(plan), len(plan.forks)
-        take, step = lambda: self.runner.take(key, slot, forks), lambda: self.runner.step(key, slot, calls)
+        self.lanes.launch(
+            slot, self.runner.words(key) + plan.forks.size, rows * 2 if self.settings.logprobs else rows,
+            take=lambda: self.runner.take(key, slot, forks), step=lambda: self.runner.step(key, slot, calls),
+            marked=self.recorder is not None,
+        )  # fmt: skip
+        self.meter.launch(plan, self.scheduler.rows)
         if self.recorder is not None:
-            take, step = self.recorder.around(self.steps, take, step)
-        words_in = self.runner.words(key) + plan.forks.size
-        self.lanes.launch(slot, words_in, rows * 2 if self.settings.logprobs else rows, take=take, step=step)
+            size = StepSize(self.steps, len(plan.rows), plan.decodes, plan.tokens)
+            self.recorder.launched(size, slot.marks)
         self._lap("launch")
         self.steps += 1
         return Flight(plan, key, slot, self.steps - 1)
@@ -153,12 +165,27 @@ class Engine:
     def _retire(self, flight: Flight) -> None:
         out = self.lanes.collect(flight.slot)
         self._lap("wait", flight.step)
+        self.meter.retire(flight.plan, self.scheduler.rows, self.lanes.seconds(flight.slot))
         sequences, rows = len(flight.plan.rows), flight.key.bucket.rows
         logprobs = out[rows : rows + sequences].view(np.float32) if self.settings.logprobs else None
         self.scheduler.retire(flight.plan, out[:sequences], logprobs)
         self._lap("retire", flight.step)
 
+    def _deliver(self, deliver: Callable[[list[GenerationOutput]], None]) -> None:
+        if outputs := self.scheduler.take_outputs():
+            self.meter.deliver(outputs)
+            deliver(outputs)
+
     def _lap(self, phase: str, step: int | None = None) -> None:
         """Note that a phase of the loop has ended, of the next step to launch where not stated."""
+        begin, end = self.meter.lap(phase)
         if self.recorder is not None:
-            self.recorder.lap(phase, self.steps if step is None else step)
+            self.recorder.lap(phase, self.steps if step is None else step, begin, end)
+
+    def _set_clock(self) -> None:
+        if self.recorder is not None:
+            self.recorder.set_clock(*self.lanes.now())
+
+    def metrics(self) -> Metrics:
+        """What the engine does, for any thread."""
+        return self.meter.metrics(self.scheduler, self.runner.graphs.count, self.runner.warming_up)

@@ -52,6 +52,7 @@ class Graphs:
         self.on = on
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}  # None: was computed once
         self._padding: Counter[StepKey] = Counter()
+        self.count = 0  # captured, and not forgotten; any thread may read it
         self._pool = torch.cuda.graph_pool_handle() if on else None
 
     @property
@@ -61,6 +62,7 @@ class Graphs:
     def clear(self) -> None:
         """Forget what was captured: it no longer computes what the model does."""
         self._graphs.clear()
+        self.count = 0
 
     def choose(self, wanted: StepKey) -> StepKey:
         """The step to compute for a plan that fits `wanted`: that one, or a larger one."""
@@ -79,6 +81,7 @@ class Graphs:
             if key in self._graphs:
                 graph = self._capture(key, record)
             self._graphs[key] = graph
+            self.count += graph is not None
         if graph is not None:
             graph.replay()
         else:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,18 +17,26 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Block the calling thread until the lane got there; raise what made the lane fail."""
 
+    def seconds_after(self, earlier: Event) -> float:
+        """From one event that has passed to this one, which has too; both were recorded as `timed`."""
+
 
 class Lane(Protocol):
     """Work done one piece after another, in the order given, beside the calling thread."""
 
     def run(self, work: Callable[[], None]) -> None: ...
 
-    def record(self) -> Event: ...
+    def record(self, timed: bool = False) -> Event: ...
 
     def wait(self, event: Event | None) -> None:
         """Hold back all later work until `event`; `None` is an event that has passed."""
 
     def close(self) -> None: ...
+
+
+class CudaEvent(torch.cuda.Event):
+    def seconds_after(self, earlier: CudaEvent) -> float:
+        return earlier.elapsed_time(self) / 1e3
 
 
 class CudaLane:
@@ -40,8 +49,10 @@ class CudaLane:
         with torch.cuda.stream(self.stream):
             work()
 
-    def record(self) -> Event:
-        return self.stream.record_event()
+    def record(self, timed: bool = False) -> Event:
+        event = CudaEvent(enable_timing=timed)
+        event.record(self.stream)
+        return event
 
     def wait(self, event: Event | None) -> None:
         if event is not None:
@@ -58,6 +69,9 @@ class HostEvent:
     def synchronize(self) -> None:
         self._reached.result()
 
+    def seconds_after(self, earlier: HostEvent) -> float:
+        return self._reached.result() - earlier._reached.result()
+
 
 class HostLane:
     """One thread that does what a stream does. After the first piece of work that fails, none is done any more."""
@@ -69,7 +83,7 @@ class HostLane:
     def run(self, work: Callable[[], None]) -> None:
         self._executor.submit(self._do, work)
 
-    def record(self) -> Event:
+    def record(self, timed: bool = False) -> Event:
         return HostEvent(self._executor.submit(self._arrive))
 
     def wait(self, event: Event | None) -> None:
@@ -87,9 +101,18 @@ class HostLane:
             except BaseException as error:
                 self._error = error
 
-    def _arrive(self) -> None:
+    def _arrive(self) -> float:
         if self._error is not None:
             raise self._error
+        return time.perf_counter()
+
+
+class Marks(NamedTuple):
+    """When a step began and ended on each lane, as timed events; waiting for another lane comes before the begin."""
+
+    copy_in: tuple[Event, Event]
+    compute: tuple[Event, Event]
+    copy_out: tuple[Event, Event]
 
 
 class Slot:
@@ -108,6 +131,8 @@ class Slot:
         self.device_out = torch.empty(words_out, dtype=torch.int32, device=device)
         self.array_in: np.ndarray = self.host_in.numpy()
         self.array_out: np.ndarray = self.host_out.numpy()
+        self.marks: Marks | None = None  # of the last step that was launched with `marked`
+        self.began: Event | None = None  # the compute lane turns to this step
         self.staged: Event | None = None  # host_in has been read, device_in is written
         self.consumed: Event | None = None  # device_in has been read
         self.computed: Event | None = None  # device_out is written
@@ -175,7 +200,13 @@ class Lanes:
         return slot
 
     def launch(
-        self, slot: Slot, words_in: int, words_out: int, take: Callable[[], None], step: Callable[[], None]
+        self,
+        slot: Slot,
+        words_in: int,
+        words_out: int,
+        take: Callable[[], None],
+        step: Callable[[], None],
+        marked: bool = False,
     ) -> None:
         """Send a staged slot on its way: copy in, `take`, `step`, copy out. Returns at once.
 
@@ -183,31 +214,49 @@ class Lanes:
             words_in (`int`), words_out (`int`): how much of the slot's buffers this step uses.
             take (`Callable`): on the compute lane, copies `device_in` into static inputs.
             step (`Callable`): on the compute lane, computes and writes `device_out`.
+            marked (`bool`): note in `slot.marks` when the step begins and ends on each lane.
         """
         assert self._uncollected < self.DEPTH, "a slot was launched again before its step was collected"
         self._uncollected += 1
         self._turn = (self._turn + 1) % self.DEPTH
 
         self.copy_in.wait(slot.consumed)
+        arriving = self.copy_in.record(timed=True) if marked else None
         self.copy_in.run(lambda: slot.device_in[:words_in].copy_(slot.host_in[:words_in], non_blocking=True))
-        slot.staged = self.copy_in.record()
+        slot.staged = self.copy_in.record(timed=marked)
 
         self.compute.wait(slot.staged)
+        slot.began = self.compute.record(timed=True)
         self.compute.run(take)
         slot.consumed = self.compute.record()
         self.compute.wait(slot.returned)
         self.compute.run(step)
-        slot.computed = self.compute.record()
+        slot.computed = self.compute.record(timed=True)
 
         self.copy_out.wait(slot.computed)
+        leaving = self.copy_out.record(timed=True) if marked else None
         self.copy_out.run(lambda: slot.host_out[:words_out].copy_(slot.device_out[:words_out], non_blocking=True))
-        slot.returned = self.copy_out.record()
+        slot.returned = self.copy_out.record(timed=marked)
+        slot.marks = (
+            Marks((arriving, slot.staged), (slot.began, slot.computed), (leaving, slot.returned)) if marked else None
+        )
+
+    def now(self) -> tuple[Event, float]:
+        """An event that has just passed, and when: seconds of `time.perf_counter`. Waits for the compute lane."""
+        event = self.compute.record(timed=True)
+        event.synchronize()
+        return event, time.perf_counter()
 
     def collect(self, slot: Slot) -> np.ndarray:
         """Wait for a launched slot's results: int32, valid until the slot is launched again."""
         slot.returned.synchronize()
         self._uncollected -= 1
         return slot.array_out
+
+    @staticmethod
+    def seconds(slot: Slot) -> float:
+        """How long the step that was just collected was on the compute lane."""
+        return slot.computed.seconds_after(slot.began)
 
     def close(self) -> None:
         for lane in (self.copy_in, self.compute, self.copy_out):

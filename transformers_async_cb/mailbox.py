@@ -86,6 +86,11 @@ class Mailbox:
         with self._condition:
             return list(self._mail.requests)
 
+    @property
+    def count(self) -> int:
+        """How many those are, just about."""
+        return len(self._mail.requests)
+
     # For the loop:
 
     def read(self, wait: bool) -> Mail:

@@ -6,7 +6,8 @@ import asyncio
 import copy
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ from .door import Door
 from .engine import Engine
 from .grammars import STRUCTURES
 from .mailbox import Mailbox, Outbox
+from .metrics import Metrics
 from .model import ModelLoan
 from .prompts import Prompt
+from .recorder import Recorder
 from .settings import Workload, check_batching, resolve_engine
+from .timeline import Timeline, check_file, write
 
 
 logger = logging.get_logger(__name__)
@@ -89,6 +93,8 @@ class AsyncBatchingManager:
         self._mailbox = Mailbox()
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
+        self._recorder: Recorder | None = None
+        self._last_metrics = Metrics()  # of the engine before
         self._lock = threading.Lock()  # of the door
         self._control = threading.RLock()  # of starting, stopping and pausing
         self._pauses = 0
@@ -179,6 +185,10 @@ class AsyncBatchingManager:
                 self._drop_engine()
                 self.fatal_error = None
             self.warmup()
+            if self.async_config.timeline is not None:
+                self._recorder = Recorder()
+            if self._recorder is not None:
+                self._engine.recorder = self._recorder
             self._engine.lanes.enter()
             self._mailbox.reopen()
             self._outbox.set_open(True)
@@ -230,6 +240,7 @@ class AsyncBatchingManager:
     def _drop_engine(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
+            self._last_metrics = engine.metrics()
             engine.lanes.close()
             self._loan.separate_products()
 
@@ -285,6 +296,8 @@ class AsyncBatchingManager:
                 self._loan.give_back()
             self._close(reason)
             self._outbox.set_open(False)
+            if self.async_config.timeline is not None:
+                self._write_timeline()
 
     def _close(self, reason: str) -> None:
         """Take no more requests, and end those that are left: whatever happened, each gets a result."""
@@ -300,6 +313,63 @@ class AsyncBatchingManager:
             return
         self._door.let_out(output.request_id for output in outputs if output.is_finished())
         self._outbox.put(outputs)
+
+    # ------------------------------------------------------------------------------------------------ measuring
+
+    def metrics(self) -> Metrics:
+        """What the engine does and has done; any thread may ask at any time, and the loop does not wait for it."""
+        engine = self._engine
+        metrics = self._last_metrics if engine is None else engine.metrics()
+        return replace(metrics, waiting=metrics.waiting + self._mailbox.count)
+
+    @contextmanager
+    def trace(self, file: str) -> Generator[None]:
+        """Within, note what the host and the device do, and then write it: a trace that https://ui.perfetto.dev opens
+        (`.json`), or a picture (`.png`, `.svg`, `.pdf`). The loop stands still for a moment at the begin and the end.
+
+        Raises:
+            ValueError: the file's name ends otherwise, a picture without matplotlib, or nothing was generated.
+            RuntimeError: what the loop does is being noted already.
+        """
+        check_file(file)
+        with self.recording() as recorder:
+            yield
+        write(file, [self._timeline(recorder)])
+
+    @contextmanager
+    def recording(self) -> Generator[Recorder]:
+        """Within, the loop notes what it does; after it, the recorder may be read."""
+        if self._recorder is not None:
+            raise RuntimeError("this manager's timeline is being recorded already")
+        recorder = Recorder()
+        self._set_recorder(recorder)
+        try:
+            yield recorder
+        finally:
+            self._set_recorder(None)
+
+    def _set_recorder(self, recorder: Recorder | None) -> None:
+        """Change it while the loop stands still with nothing in flight."""
+        self._recorder = recorder  # for `start`
+        if self.is_running():
+            with suppress(RuntimeError):  # it has ended meanwhile
+                self._mailbox.pause()
+                self._engine.recorder = recorder
+                self._mailbox.resume()
+        elif self._engine is not None:
+            self._engine.recorder = recorder
+
+    def _timeline(self, recorder: Recorder) -> Timeline:
+        overlap = "on" if self.async_config.overlap else "off"
+        return Timeline.of(recorder, f"{type(self.model).__name__}, overlap {overlap}", self.model.device.type)
+
+    def _write_timeline(self) -> None:
+        recorder, self._recorder, self._engine.recorder = self._recorder, None, None
+        try:
+            if self.fatal_error is None:
+                write(self.async_config.timeline, [self._timeline(recorder)])
+        except (OSError, ValueError) as error:
+            logger.error(f"the timeline could not be written to {self.async_config.timeline}: {error}")
 
     # ------------------------------------------------------------------------------------------------ requests
 

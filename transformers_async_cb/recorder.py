@@ -1,19 +1,18 @@
-"""When the host and the device did what, step by step."""
+"""When the host and the lanes of the device did what, step by step."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
+from .lanes import Event, Marks
 
 
 # Phases of the loop in which the host works; in the others it waits, for a step or for something to do.
 HOST_PHASES = ("read", "plan", "stage", "launch", "retire", "deliver")
 WAITING_PHASES = ("wait", "idle")
+LANES = Marks._fields
 
 
 class Span(NamedTuple):
@@ -23,6 +22,15 @@ class Span(NamedTuple):
     step: int
     begin: float
     end: float
+
+
+class StepSize(NamedTuple):
+    """What a step computed."""
+
+    step: int
+    sequences: int
+    decodes: int  # sequences of one token, which continue
+    tokens: int
 
 
 class StepTimes(NamedTuple):
@@ -37,102 +45,75 @@ class StepTimes(NamedTuple):
 
 
 class Recorder:
-    """Notes when a loop's phases begin and end, and when its steps do on the device; `Engine.recorder` holds it.
+    """Notes when a loop's phases begin and end, and when its steps do on each lane; `Engine.recorder` holds it.
 
         host      read · plan · stage · launch │ wait │ retire · deliver │ read · plan · ...
-        device    ────── step N ───────────┤   ├────────── step N+1 ─────────────┤
+        copy-in                       └─ N+1 ─┐
+        compute   ────── step N ───────────┤  ├────────── step N+1 ─────────────┤
+        copy-out                           └─ N ─┘
 
-    The loop calls `lap` after each phase, so the host's spans leave no time out. A step's begin and end are noted by
-    the lane that computes, just before it takes the inputs and just after it has computed: as CUDA events, which are
-    read only when the loop has ended, or as times where lanes are threads. Only the last `most_steps` steps are kept,
-    and their events are used again.
+    The loop calls `lap` after each phase, so the host's spans leave no time out. Steps are noted by events on the
+    lanes, which are read only when the recording is over. Only the last `most_steps` steps are kept.
 
     Args:
-        device (`torch.device`): where the steps compute.
         most_steps (`int`): how many to keep.
     """
 
-    def __init__(self, device: torch.device, most_steps: int = 2**14) -> None:
-        self._cuda = device.type == "cuda"
-        self._most = most_steps
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if self._cuda:  # a point known to both clocks
-            with torch.cuda.device(device):
-                self._anchor = torch.cuda.Event(enable_timing=True)
-                torch.cuda.synchronize()
-                self._anchor.record()
-                self._anchor.synchronize()
-            self._anchor_time = time.perf_counter()
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what was recorded; what follows is another recording. Not while the loop runs."""
+    def __init__(self, most_steps: int = 2**14) -> None:
         phases = len(HOST_PHASES) + len(WAITING_PHASES)
-        self._laps: deque[Span] = deque(maxlen=2 * self._most * phases)  # some turns of the loop launch nothing
-        self._last = time.perf_counter()
-        self._launched: deque[int] = deque(maxlen=self._most)  # the steps whose begin and end are kept
-        self._count = 0
-        self._times: deque[float] = deque(maxlen=2 * self._most)  # of host lanes: begin, end, begin, end, ...
+        self._laps: deque[Span] = deque(maxlen=2 * most_steps * phases)  # some turns of the loop launch nothing
+        self._launched: deque[tuple[StepSize, Marks | None]] = deque(maxlen=most_steps)
+        self._first: tuple[Event, float] | None = None  # points known to both clocks, with nothing in flight
+        self._last: tuple[Event, float] | None = None
 
-    def lap(self, phase: str, step: int) -> None:
-        """All the host's time since the last lap was `phase`."""
-        now = time.perf_counter()
-        self._laps.append(Span(phase, step, self._last, now))
-        self._last = now
+    def lap(self, phase: str, step: int, begin: float, end: float) -> None:
+        """The host's time from `begin`, which is where the last lap ended, was `phase`."""
+        self._laps.append(Span(phase, step, begin, end))
 
-    def around(
-        self, step: int, take: Callable[[], None], compute: Callable[[], None]
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """The two pieces of a step's work on the compute lane, noting when the first begins and the second ends."""
-        if self._cuda:
-            place = self._count % self._most
-            if place == len(self._events):
-                self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            begin, end = (event.record for event in self._events[place])
-        else:
-            begin = end = self._note_time
-        self._launched.append(step)
-        self._count += 1
+    def launched(self, size: StepSize, marks: Marks | None) -> None:
+        """A step is on its way; without marks, on lanes that lead nowhere."""
+        self._launched.append((size, marks))
 
-        def take_noted() -> None:
-            begin()
-            take()
+    def set_clock(self, event: Event, now: float) -> None:
+        """An event of the device that has just passed, and the host's time; before the first step and after the last
+        one at least. The device's clock is not the host's, and runs a little faster or slower."""
+        self._first = self._first or (event, now)
+        self._last = (event, now)
 
-        def compute_noted() -> None:
-            compute()
-            end()
+    # What was recorded, once nothing is in flight:
 
-        return take_noted, compute_noted
-
-    def _note_time(self) -> None:
-        self._times.append(time.perf_counter())
-
-    # What was recorded, once the loop has ended:
+    def sizes(self) -> list[StepSize]:
+        return [size for size, _ in self._launched]
 
     def host_spans(self) -> list[Span]:
         """The loop's phases, in order."""
         return list(self._laps)
 
-    def device_spans(self) -> list[Span]:
-        """The steps on the device, in order."""
-        times = self._device_times()
-        return [Span("step", *span) for span in zip(self._launched, times[::2], times[1::2], strict=False)]
+    def device_spans(self, lane: str = "compute") -> list[Span]:
+        """The steps on one of `LANES`, in order."""
+        marked = [(size.step, getattr(marks, lane)) for size, marks in self._launched if marks is not None]
+        times = self._times([event for _, pair in marked for event in pair])
+        steps = [step for step, _ in marked]
+        return [Span(lane, *span) for span in zip(steps, times[::2], times[1::2], strict=True)]
 
-    def _device_times(self) -> list[float]:
-        if not self._cuda:
-            return list(self._times)
-        places = [place % self._most for place in range(self._count - len(self._launched), self._count)]
-        # From one to the next: the time between two events is a float32, too coarse over a long run.
-        times, last, now = [], self._anchor, self._anchor_time
-        for event in (event for place in places for event in self._events[place]):
-            now += last.elapsed_time(event) / 1e3
-            times.append(now)
+    def _times(self, events: list[Event]) -> list[float]:
+        """When events that came one after another passed, by the host's clock."""
+        if not events:
+            return []
+        # From one to the next: the time between two events of CUDA is a float32, too coarse over a long run.
+        passed, last = [0.0], events[0]
+        for event in events[1:]:
+            passed.append(passed[-1] + event.seconds_after(last))
             last = event
-        return times
+        (first_event, first), (last_event, end) = self._first, self._last
+        at_end = passed[-1] + last_event.seconds_after(last)
+        device = at_end + events[0].seconds_after(first_event)  # between the two points, by the device's clock
+        rate = (end - first) / device if device > 0 else 1.0
+        return [end + (seconds - at_end) * rate for seconds in passed]
 
     def host_ms(self) -> list[float]:
         """The host's work for each step, in order: reading, planning, staging, launching, retiring and delivering."""
-        seconds = dict.fromkeys(self._launched, 0.0)
+        seconds = dict.fromkeys((size.step for size, _ in self._launched), 0.0)
         for span in self._laps:
             if span.phase in HOST_PHASES and span.step in seconds:
                 seconds[span.step] += span.end - span.begin

@@ -75,6 +75,8 @@ class Runner:
         self.fused = settings.fused
         self.compiled = settings.compiled
         self.graphs = Graphs(settings.graphs)
+        self.warming_up: str | None = None  # what is being compiled or captured, which any thread may read
+        self._met: set[StepKey] = set()  # steps that were compiled for, if need be
         self.padding_row = rows.count
         self.row_buckets = row_buckets(rows.count)
         self.mixed_rows = [-(-rows.count // 16), -(-rows.count // 4), rows.count]
@@ -262,15 +264,25 @@ class Runner:
         if calls:
             self._compute_uncaptured(key, calls)
         else:
-            self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._compute(key))
+            self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._record(key))
         for part in range(2 if self.with_logprobs else 1):
             at = part * key.bucket.rows
             slot.device_out[at : at + key.bucket.rows].copy_(
                 self.static_out[part * self.rows.count :][: key.bucket.rows], non_blocking=True
             )
 
+    def _record(self, key: StepKey) -> None:
+        self.warming_up = f"capturing graph {self.graphs.count + 1}, of {key.bucket.tokens} tokens"
+        try:
+            self._compute(key)
+        finally:
+            self.warming_up = None
+
     def _compute_uncaptured(self, key: StepKey, calls: list[Call] | None = None) -> None:
         """Compute a step that is not captured; with layers as they are written if they turn out not to compile."""
+        if self.compiled and key not in self._met:
+            self._met.add(key)
+            self.warming_up = f"compiling for steps of {key.bucket.tokens} tokens"
         try:
             with compiling(self.device) if self.compiled else nullcontext():
                 self._compute(key, calls)
@@ -285,6 +297,8 @@ class Runner:
                 f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
             )
             self._compute(key, calls)
+        finally:
+            self.warming_up = None
 
     def _compute(self, key: StepKey, calls: list[Call] | None = None) -> None:
         a = self.arrays(key, self.static_in)

@@ -82,8 +82,7 @@ def measure(
         compiled = 0
         for _ in range(1 + repeats):
             if (loop := _loop_of(model)) is not None:  # one of ours, which the first run has made
-                loop.recorder = recorder = recorder or Recorder(model.device)
-                recorder.clear()
+                loop.recorder = recorder = Recorder()
             begin = time.perf_counter()
             answers = generate(prompts, limits)
             seconds.append(time.perf_counter() - begin)

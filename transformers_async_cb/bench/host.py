@@ -44,6 +44,12 @@ class NullLanes:
 
     def launch(self, *_: object, **__: object) -> None: ...
 
+    def now(self) -> tuple[None, float]:
+        return None, time.perf_counter()
+
+    def seconds(self, slot: Slot) -> float:
+        return 0.0
+
     def collect(self, slot: Slot) -> np.ndarray:
         if self._wait:
             time.sleep(0)
@@ -122,7 +128,7 @@ def measure_admission(running: int = 32, added: int = 1024, repeats: int = 3) ->
         manager.add_requests([PROMPT] * running)
         _lead_nowhere(manager)
         engine = manager._engine
-        engine.recorder = recorder = Recorder(torch.device("cpu"))
+        engine.recorder = recorder = Recorder()
         manager.start()
         while engine.steps < 100:
             time.sleep(1e-3)

@@ -7,10 +7,10 @@ import argparse
 from transformers.utils import logging
 
 from .. import __version__
-from . import bench, demo
+from . import bench, demo, timeline
 
 
-COMMANDS = (demo, bench)
+COMMANDS = (demo, bench, timeline)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,6 +18,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype_for(options: argparse.Namespace) -> str:
+    """What `--dtype` says, or the device's usual one."""
+    return options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+
+
 def load(options: argparse.Namespace, dtype: str, console: Console) -> PreTrainedModel:
     if options.model == "tiny" and options.device == "cpu":
         torch.set_num_threads(1)  # a model this small loses by more

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .. import bench
 from ..bench import picture
-from .arguments import add_model, length_range, load, picture_file, positive
+from .arguments import add_model, dtype_for, length_range, load, picture_file, positive
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         return _run_host(options, console)
     if options.kernels and not options.device.startswith("cuda"):
         sys.exit(f"--kernels shows what a CUDA device does, the benchmark runs on {options.device}")
-    dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
+    dtype = dtype_for(options)
     model = load(options, dtype, console)
     own = {name: getattr(options, name) for name in bench.Workload._fields if getattr(options, name) is not None}
     workload = bench.WORKLOADS[options.workload]._replace(**own)
