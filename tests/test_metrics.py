@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
 import threading
 
 import pytest
@@ -146,3 +148,27 @@ def test_percentiles_are_of_the_last_values() -> None:
     latencies.add([float(i) for i in range(1024)])
     assert latencies.percentiles().p50 == pytest.approx(511.5)
     assert latencies.percentiles().p99 < 1023
+
+
+class TestPrometheus:
+    def test_gets_the_numbers_of_a_manager(self) -> None:
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        from transformers_async_cb.prometheus import ManagerCollector
+
+        registry = CollectorRegistry()
+        with shared_model("llama").continuous_batching_context_manager(greedy(5), async_batching=True) as manager:
+            registry.register(ManagerCollector(manager, {"model": "tiny"}))
+            manager.get_result(manager.add_request([1, 2, 3]))
+            text = generate_latest(registry).decode()
+        assert 'async_batching_tokens_out_total{model="tiny"} 5.0' in text
+        assert 'async_batching_tokens_in_total{model="tiny"} 3.0' in text
+        assert 'async_batching_requests_running{model="tiny"} 0.0' in text
+        assert 'async_batching_first_token_seconds{model="tiny",quantile="0.99"}' in text
+        assert registry.get_sample_value("async_batching_requests_finished_total", {"model": "tiny"}) == 1
+
+    def test_is_named_when_it_is_not_there(self, monkeypatch) -> None:
+        monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
+        monkeypatch.delitem(sys.modules, "transformers_async_cb.prometheus", raising=False)
+        with pytest.raises(ImportError, match=r"pip install 'transformers-async-cb\[metrics\]'"):
+            importlib.import_module("transformers_async_cb.prometheus")
