@@ -91,6 +91,13 @@ class Metrics:
         """Of the cache, what requests hold."""
         return self.pages_used / self.pages if self.pages else 0.0
 
+    @property
+    def brief(self) -> str:
+        """For a bar that shows progress."""
+        if self.warming_up is not None:
+            return self.warming_up
+        return f"{self.tokens_out_per_second:,.0f} tokens/s, {self.pages_share:.0%} of the cache in use"
+
     def __str__(self) -> str:
         text = (
             f"{self.running:,} running, {self.waiting:,} waiting; tokens/s: {self.tokens_out_per_second:,.0f} out, "

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 
 SHAPES: dict[str, PreTrainedConfig] = {
@@ -32,3 +42,26 @@ def load(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> PreTraine
         model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
     model.generation_config.eos_token_id = None  # random weights have no reason to stop
     return model.eval()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name. A shape gets one of bytes, with words for what else it may generate."""
+    if name not in SHAPES:
+        return AutoTokenizer.from_pretrained(name)
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = (f"Ġ{_spell(number)}" for number in range(SHAPES[name].vocab_size - len(symbols)))
+    vocabulary = {token: number for number, token in enumerate([*symbols, *words])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    chats = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chats)
+
+
+def _spell(number: int) -> str:
+    """A word of its own for each number."""
+    word = ""
+    while number >= 0:
+        word = chr(ord("a") + number % 26) + word
+        number = number // 26 - 1
+    return word

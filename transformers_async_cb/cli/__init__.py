@@ -7,10 +7,10 @@ import argparse
 from transformers.utils import logging
 
 from .. import __version__
-from . import bench, demo, timeline
+from . import bench, demo, run, timeline
 
 
-COMMANDS = (demo, bench, timeline)
+COMMANDS = (demo, run, timeline, bench)
 
 
 def main(arguments: list[str] | None = None) -> None:

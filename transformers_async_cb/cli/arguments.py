@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from .. import shapes
+from ..timeline import check_file
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -48,3 +49,11 @@ def picture_file(text: str) -> str:
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("a picture needs matplotlib: pip install 'transformers-async-cb[plot]'")
     return text
+
+
+def timeline_file(name: str) -> str:
+    try:
+        check_file(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name

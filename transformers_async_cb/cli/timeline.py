@@ -11,8 +11,8 @@ from rich.table import Table
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from .. import AsyncBatchingConfig, bench, settings
-from ..timeline import Summary, Timeline, check_file, write
-from .arguments import add_model, dtype_for, length_range, load, positive
+from ..timeline import Summary, Timeline, write
+from .arguments import add_model, dtype_for, length_range, load, positive, timeline_file
 
 
 # The second run of a workload captures what the first has compiled.
@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
     plots = importlib.util.find_spec("matplotlib") is not None
     parser.add_argument(
-        "files", nargs="*", type=_file, default=["timeline.json", *(["timeline.png"] if plots else [])],
+        "files", nargs="*", type=timeline_file, default=["timeline.json", *(["timeline.png"] if plots else [])],
         metavar="FILE", help="a trace for https://ui.perfetto.dev (.json), or a picture (.png, .svg, .pdf; needs "
         "matplotlib); default: timeline.json, and timeline.png",
     )  # fmt: skip
@@ -125,11 +125,3 @@ def _phase(phase: str) -> Callable[[Summary], str]:
         return f"{summary.phases_ms[phase]:.3f}"
 
     return cell
-
-
-def _file(name: str) -> str:
-    try:
-        check_file(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return name

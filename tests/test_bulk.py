@@ -1,0 +1,161 @@
+"""`run`: a file of prompts in, a file of answers out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import generate_alone, greedy
+
+from transformers_async_cb import bulk, cli, shapes
+from transformers_async_cb.bulk import Answers, Row, Source
+from transformers_async_cb.manager import AsyncBatchingManager
+
+
+TEXTS = ["Hello", "def f(x):", "In the beginning", "a", "The quick brown fox"]
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return file
+
+
+def run(source: Path, target: Path, *more: str) -> list[dict[str, Any]]:
+    cli.main(["run", str(source), str(target), "--device", "cpu", "--max-new-tokens", "6", *more])
+    return answers(target)
+
+
+def answers(file: Path) -> list[dict[str, Any]]:
+    return sorted(map(json.loads, file.read_text().splitlines()), key=lambda answer: answer["index"])
+
+
+def test_writes_what_generate_answers_beside_each_row(rows, tmp_path) -> None:
+    model, tokenizer = shapes.load("tiny", "cpu", torch.float32), shapes.load_tokenizer("tiny")
+    for text, answer in zip(TEXTS, run(rows, tmp_path / "out.jsonl"), strict=True):
+        expected = generate_alone(model, tokenizer(text).input_ids, greedy(6))
+        assert answer["output"] == tokenizer.decode(expected)
+        assert (answer["prompt_tokens"], answer["new_tokens"]) == (len(text), 6)
+        assert answer["row"] == {"id": answer["index"], "prompt": text}
+
+
+def test_says_which_rows_failed_and_answers_the_others(tmp_path, capsys) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"messages": [{"role": "user", "content": "Hi"}]}\n{"messages": "\n\n{"text": "x"}\n{"messages": []}\n[1]\n'
+    )
+    with pytest.raises(SystemExit) as end:
+        run(source, target)
+    assert end.value.code == 1
+    good, *bad = answers(target)
+    assert good["new_tokens"] == 6
+    assert [answer["index"] for answer in bad] == [1, 2, 3, 4]
+    causes = ("is not JSON", "no column 'messages', but ['text']", "row 3: the prompt is empty", "holds a list")
+    assert all(cause in answer["error"] for cause, answer in zip(causes, bad, strict=True))
+    assert "5 rows are done, 4 of them failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column, prompt", [("question", "Hello"), ("ids", [1, 2, 3])])
+def test_takes_a_column_by_name(tmp_path, column: str, prompt: str | list[int]) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": "", column: prompt}) + "\n")
+    (answer,) = run(source, tmp_path / "out.jsonl", "--column", column)
+    assert answer["prompt_tokens"] == len(prompt)
+
+
+def test_takes_a_folder_of_datasets(tmp_path) -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"prompt": TEXTS})
+    datasets.DatasetDict({"train": dataset.select([0]), "test": dataset}).save_to_disk(str(tmp_path / "data"))
+    found = run(tmp_path / "data", tmp_path / "out.jsonl", "--split", "test")
+    assert [answer["row"]["prompt"] for answer in found] == TEXTS
+    with pytest.raises(SystemExit, match="no split 'dev', but train, test"):
+        run(tmp_path / "data", tmp_path / "other.jsonl", "--split", "dev")
+
+
+class TestARunThatWasKilled:
+    SAMPLING = ("--temperature", "0.9", "--set", "repetition_penalty=1.1")
+
+    def test_goes_on_where_it_ended_and_samples_the_same(self, rows, tmp_path, monkeypatch, capsys) -> None:
+        target = tmp_path / "out.jsonl"
+        whole = run(rows, target, *self.SAMPLING)
+        lines = target.read_bytes().splitlines(keepends=True)
+        target.write_bytes(b"".join(lines[:2]) + lines[2][:20])
+        added: list[str] = []
+        add = AsyncBatchingManager.add_request
+        monkeypatch.setattr(
+            AsyncBatchingManager,
+            "add_request",
+            lambda *args, **kwargs: added.append(add(*args, **kwargs)) or added[-1],
+        )
+        assert run(rows, target, *self.SAMPLING) == whole
+        assert sorted(added) == sorted(f"row {json.loads(line)['index']}" for line in lines[2:])
+        assert "2 of 5 rows are done already" in capsys.readouterr().err
+        assert run(rows, target, *self.SAMPLING) == whole
+        assert len(added) == 3
+
+    def test_does_not_go_on_with_other_settings(self, rows, tmp_path) -> None:
+        target = tmp_path / "out.jsonl"
+        run(rows, target)
+        with pytest.raises(SystemExit, match=r"begun with other settings, .*'max_new_tokens': 6.*'top_k': 3"):
+            run(rows, target, "--top-k", "3")
+
+    def test_does_not_write_to_what_is_no_run(self, rows, tmp_path) -> None:
+        target = tmp_path / "precious.jsonl"
+        target.write_text("precious\n")
+        with pytest.raises(SystemExit, match="is there already, and nothing says how it was made"):
+            run(rows, target)
+        assert target.read_text() == "precious\n"
+
+    def test_of_a_failing_engine_has_its_rows_still_to_do(self, rows, tmp_path, monkeypatch) -> None:
+        target = tmp_path / "out.jsonl"
+        with monkeypatch.context() as broken:
+            broken.setattr("transformers_async_cb.runner.Runner.step", lambda *_: 1 / 0)
+            with pytest.raises(SystemExit, match="the engine failed: division by zero"):
+                run(rows, target)
+        assert target.read_text() == ""
+        assert len(run(rows, target)) == len(TEXTS)
+
+
+def test_rows_are_read_as_there_is_room_for_them(tmp_path) -> None:
+    model, tokenizer = shapes.load("tiny", "cpu", torch.float32), shapes.load_tokenizer("tiny")
+    file = Answers(str(tmp_path / "out.jsonl"), {})
+    ahead: list[int] = []
+
+    def rows():
+        for i in range(30):
+            ahead.append(i - file.count)
+            yield Row(i, {"text": "Hi"})
+
+    with model.continuous_batching_context_manager(greedy(3), tokenizer=tokenizer, async_batching=True) as manager:
+        bulk.answer_all(manager, tokenizer, rows(), "text", file, window=4)
+    file.close()
+    assert file.count == 30
+    assert max(ahead) == 3
+
+
+def test_a_source_says_which_column_it_needs(tmp_path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"question": "?"}\n')
+    with pytest.raises(ValueError, match=r"none of the columns prompt, messages, text, but \['question'\]"):
+        Source(str(file)).column()
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        Source(str(tmp_path / "nothing"))
+
+
+def test_a_setting_that_transformers_does_not_have_is_refused(rows, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(rows, tmp_path / "out.jsonl", "--set", "temprature=1")
+    assert "'temprature=1' is not NAME=VALUE with a name of GenerationConfig" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_a_shape_takes_any_text_and_knows_each_token() -> None:
+    tokenizer = shapes.load_tokenizer("tiny")
+    text = "Zürich, 東京 🙂\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer) == shapes.SHAPES["tiny"].vocab_size
+    assert len({tokenizer.decode([i]) for i in range(256, len(tokenizer))}) == len(tokenizer) - 256
