@@ -42,7 +42,7 @@ class TestATimeline:
         assert summary.seconds == pytest.approx(6)
         assert summary.active == pytest.approx(5 / 6)
         assert summary.gap_ms == pytest.approx(250)
-        assert summary.step_ms == pytest.approx(1000)
+        assert (summary.step_ms, summary.period_ms) == pytest.approx((1000, 1250))
         assert summary.host_ms == pytest.approx(200)
         assert [summary.phases_ms[phase] for phase in ("plan", "launch", "wait")] == pytest.approx([100, 100, 0])
         assert summary.copies_ms == pytest.approx({"copy_in": 100, "copy_out": 100})

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
+from .choices import Choice, explain
 from .config import AsyncBatchingConfig
 from .door import Door
 from .engine import Engine
@@ -94,6 +95,7 @@ class AsyncBatchingManager:
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._recorder: Recorder | None = None
+        self.choices: list[Choice] = []  # of the engine that was built last
         self._last_metrics = Metrics()  # of the engine before
         self._lock = threading.Lock()  # of the door
         self._control = threading.RLock()  # of starting, stopping and pausing
@@ -168,7 +170,12 @@ class AsyncBatchingManager:
                     settings = resolve_engine(
                         self._loan, shapes.values(), self.continuous_batching_config, self.async_config, self.workload
                     )
-                    logger.info(f"async batching with {settings}")
+                    self.choices = explain(
+                        settings, self._loan, shapes.values(), self.continuous_batching_config, self.async_config,
+                        self.workload,
+                    )  # fmt: skip
+                    for choice in self.choices:
+                        logger.info(str(choice))
                     self._engine = Engine(self._loan, shapes, settings)
                 self._engine.attach()
         except BaseException:

@@ -280,15 +280,15 @@ def check_batching(config: ContinuousBatchingConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be 1 or more")
-    if _their_page_size(config) < 1:
-        raise ValueError(f"ContinuousBatchingConfig(page_size={_their_page_size(config)}) must be 1 or more")
+    if stated_page_size(config) < 1:
+        raise ValueError(f"ContinuousBatchingConfig(page_size={stated_page_size(config)}) must be 1 or more")
     for name in ("max_memory_percent", "safety_margin"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be between 0 and 1")
 
 
-def _their_page_size(config: ContinuousBatchingConfig) -> int:
+def stated_page_size(config: ContinuousBatchingConfig) -> int:
     return config.page_size if hasattr(config, "page_size") else config.block_size  # 5.17 has only `block_size`
 
 
@@ -311,7 +311,7 @@ def resolve_engine(
     device = loan.model.device
     cuda = device.type == "cuda"
     learned_positions = loan.learned_positions()
-    stated = _their_page_size(batching)
+    stated = stated_page_size(batching)
     page_size = PAGE_SIZE if stated == THEIR_PAGE_SIZE else stated
     page_bytes = page_size * sum(shape.bytes_per_token for shape in shapes)
     if batching.num_blocks is not None:

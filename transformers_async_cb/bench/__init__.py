@@ -21,12 +21,15 @@ from .engines import ENGINES, missing
 from .host import HOST_SIZES, measure_admission, measure_host
 from .kernels import KernelTimes, record, summarize
 from .limit import ModelCost, Rates, least_seconds, limit_seconds, measure_rates
+from .overlap import Observation, observe
 from .workload import WORKLOADS, Workload
 
 
 __all__ = [
-    "ENGINES", "HOST_SIZES", "WORKLOADS", "KernelTimes", "ModelCost", "Rates", "Result", "Workload", "environment",
+    "ENGINES", "HOST_SIZES", "WORKLOADS", "KernelTimes", "ModelCost", "Observation", "Rates", "Result", "Workload",
+    "environment",
     "least_seconds", "limit_seconds", "measure", "measure_admission", "measure_host", "measure_rates", "missing",
+    "observe",
 ]  # fmt: skip
 
 

@@ -8,15 +8,11 @@ from collections.abc import Callable
 
 from rich.console import Console
 from rich.table import Table
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .. import AsyncBatchingConfig, bench, settings
+from .. import bench
 from ..timeline import Summary, Timeline, write
 from .arguments import add_model, dtype_for, length_range, load, positive, timeline_file
-
-
-# The second run of a workload captures what the first has compiled.
-_WARM_UPS = 2
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -46,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     for overlap in (True, False):
         name = f"overlap {'on' if overlap else 'off'}"
         with console.status(f"{name}: {workload}"):
-            timelines.append(record(model, workload, overlap, name))
+            timelines.append(bench.observe(model, workload, overlap).timeline)
     for file in options.files:
         write(file, timelines)
     console.print(_table(options, model, workload, timelines))
@@ -55,38 +51,6 @@ def run(options: argparse.Namespace) -> None:
         console.print(f"written to {file}" + (", which https://ui.perfetto.dev opens" if trace else ""))
     if importlib.util.find_spec("matplotlib") is None:
         console.print("a picture needs matplotlib: pip install 'transformers-async-cb[plot]'", markup=False)
-
-
-def record(model: PreTrainedModel, workload: bench.Workload, overlap: bool, title: str) -> Timeline:
-    """A run of the workload, after others that warm up. Raises `RuntimeError` if a request failed."""
-    prompts = workload.prompts(model.get_input_embeddings().num_embeddings)
-    limits = workload.limits()
-    tokens = sum(map(len, prompts)) + sum(limits)
-    longest = workload.prompt_tokens[1] + workload.new_tokens[1]
-    manager = model.init_continuous_batching(
-        GenerationConfig(do_sample=False, eos_token_id=-1),
-        ContinuousBatchingConfig(allow_block_sharing=False),  # or a run would find the prompts of the one before
-        settings.Workload(len(prompts), longest, tokens),
-        async_batching=AsyncBatchingConfig(overlap=overlap),
-    )
-
-    def generate() -> None:
-        """Like `generate_batch`: all requests are there before the first step."""
-        for prompt, limit in zip(prompts, limits, strict=True):
-            manager.add_request(prompt, max_new_tokens=limit)
-        manager.start()
-        manager.stop(keep_for_next_session=True)
-        if failed := [output.error for output in manager if output.error is not None]:
-            raise RuntimeError(f"{len(failed)} of {len(prompts)} requests failed, the first with: {failed[0]}")
-
-    try:
-        for _ in range(_WARM_UPS):
-            generate()
-        with manager.recording() as recorder:
-            generate()
-    finally:
-        manager.destroy()
-    return Timeline.of(recorder, title, model.device.type)
 
 
 def _table(

@@ -58,6 +58,7 @@ class Timeline(NamedTuple):
             tokens=sum(size.tokens for size in self.sizes.values()),
             seconds=seconds,
             step_ms=statistics.median(span.end - span.begin for span in steps) * 1e3,
+            period_ms=statistics.median(b.begin - a.begin for a, b in pairwise(steps)) * 1e3 if steps[1:] else 0.0,
             active=sum(span.end - span.begin for span in steps) / seconds if seconds else 1.0,
             gap_ms=sum(span.end - span.begin for span in gaps) / max(1, len(steps) - 1) * 1e3,
             host_ms=statistics.median(whole) * 1e3,
@@ -77,6 +78,7 @@ class Summary(NamedTuple):
     tokens: int  # computed, of prompts and answers
     seconds: float  # from the first step's begin to the last one's end
     step_ms: float  # on the device
+    period_ms: float  # from the begin of a step to that of the next
     active: float  # share of the time that was inside steps
     gap_ms: float  # from one step to the next
     host_ms: float  # the host's work, waiting left out

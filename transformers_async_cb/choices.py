@@ -1,0 +1,140 @@
+"""What an engine was built with, and why: for the log and the doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from transformers import ContinuousBatchingConfig
+
+from .attention import LayerShape
+from .config import AsyncBatchingConfig
+from .gpu import triton_error
+from .model import ModelLoan
+from .runner import row_buckets, token_buckets
+from .settings import THEIR_PAGE_SIZE, EngineSettings, Workload, stated_page_size
+
+
+class Choice(NamedTuple):
+    """One of the settings: what it is called, what was chosen, and why or by which setting of the user's."""
+
+    name: str
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value} ({self.reason})"
+
+
+def explain(
+    settings: EngineSettings,
+    loan: ModelLoan,
+    shapes: Collection[LayerShape],
+    batching: ContinuousBatchingConfig,
+    own: AsyncBatchingConfig,
+    workload: Workload,
+) -> list[Choice]:
+    """Why `resolve_engine` chose what it did, given the same."""
+    cuda = loan.model.device.type == "cuda"
+    return [
+        _cache(settings, shapes, batching, workload, cuda),
+        Choice(
+            "pages",
+            f"of {settings.page_size} tokens",
+            "the default" if stated_page_size(batching) == THEIR_PAGE_SIZE else "page_size, as set",
+        ),
+        _requests(settings, batching, workload),
+        Choice(
+            "tokens a step",
+            f"up to {settings.token_budget:,}",
+            "max_batch_tokens, as set"
+            if batching.max_batch_tokens
+            else f"the default on {'CUDA' if cuda else 'a CPU'}, or one for each request",
+        ),
+        _sizes(settings, cuda),
+        _attention(settings, own, cuda),
+        Choice("graphs", _on(settings.graphs), _why_graphs(settings, batching, cuda)),
+        Choice("compiled layers", _on(settings.compiled), _why(own.compile_layers, "compile_layers", cuda)),
+        Choice("joined projections", _on(settings.fused), _why(own.fuse_projections, "fuse_projections", cuda)),
+        Choice(
+            "shared prefixes", _on(settings.reuse),
+            "the default" if settings.reuse else "allow_block_sharing=False, as set",
+        ),
+        Choice("overlap", _on(settings.overlap), _why_overlap(settings, own)),
+    ]  # fmt: skip
+
+
+def _cache(
+    settings: EngineSettings,
+    shapes: Collection[LayerShape],
+    batching: ContinuousBatchingConfig,
+    workload: Workload,
+    cuda: bool,
+) -> Choice:
+    tokens = settings.pages * settings.page_size
+    gib = tokens * sum(shape.bytes_per_token for shape in shapes) / 2**30
+    if batching.num_blocks is not None:
+        reason = "num_blocks, as set"
+    elif settings.pages < settings.page_limit:
+        reason = "what these requests can use"
+    elif not cuda and not workload.tokens and batching.max_memory_percent is None:
+        reason = "2 GiB on a CPU, or half of the free memory"
+    else:
+        share = (0.9 if cuda else 0.5) if batching.max_memory_percent is None else batching.max_memory_percent
+        reason = f"{share:.0%} of the free memory"
+    return Choice("cache", f"{tokens:,} tokens, {gib:.2f} GiB", reason)
+
+
+def _requests(settings: EngineSettings, batching: ContinuousBatchingConfig, workload: Workload) -> Choice:
+    if settings.rows < settings.row_limit:
+        reason = "as many as there are" if workload.requests == settings.rows else "a page for each"
+    elif batching.max_requests_per_batch:
+        reason = "max_requests_per_batch, as set"
+    else:
+        reason = "the default"
+    return Choice("requests at once", f"up to {settings.rows:,}", reason)
+
+
+def _sizes(settings: EngineSettings, cuda: bool) -> Choice:
+    if not cuda:
+        return Choice("sizes of steps", "as they come", "nothing is captured on a CPU")
+    decode, mixed = len(row_buckets(settings.rows)), len(token_buckets(settings.token_budget))
+    return Choice(
+        "sizes of steps", f"{decode} for decoding, {mixed} with prompts", "at most an eighth of a step is padding"
+    )
+
+
+def _attention(settings: EngineSettings, own: AsyncBatchingConfig, cuda: bool) -> Choice:
+    if own.attention_backend != "auto":
+        reason = "attention_backend, as set"
+    elif settings.backend == "triton":
+        reason = "the model is on CUDA, and triton is there"
+    else:
+        reason = f"triton cannot be imported: {triton_error()}" if cuda else "triton needs a CUDA device"
+    return Choice("attention", settings.backend, reason)
+
+
+def _why_graphs(settings: EngineSettings, batching: ContinuousBatchingConfig, cuda: bool) -> str:
+    if settings.graphs:
+        return "the default on CUDA"
+    if not cuda:
+        return "CUDA has them"
+    return (
+        "the reference attention cannot be captured" if settings.backend == "reference" else "use_cuda_graph, as set"
+    )
+
+
+def _why_overlap(settings: EngineSettings, own: AsyncBatchingConfig) -> str:
+    if settings.overlap:
+        return "the default: the host prepares a step while the one before computes"
+    return "use_async_batching=False, as set" if own.overlap else "overlap=False, as set"
+
+
+def _why(value: bool | None, name: str, cuda: bool) -> str:
+    if value is not None:
+        return f"{name}={value}, as set"
+    return "the default on CUDA" if cuda else "the default on a CPU"
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
