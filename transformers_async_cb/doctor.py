@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -119,8 +120,13 @@ def capacity(model: PreTrainedModel) -> Capacity:
     return Capacity(settings.pages * settings.page_size, settings.rows, choices)
 
 
-def measure(model: PreTrainedModel, requests: int, length: int) -> Measurement:
+def measure(
+    model: PreTrainedModel, requests: int, length: int, say: Callable[[str], None] = lambda text: None
+) -> Measurement:
     """Generate 64 tokens for requests whose prompts leave that much of `length`, a few times.
+
+    Args:
+        say (`Callable`): is told what happens now.
 
     Raises:
         RuntimeError: a request failed.
@@ -129,10 +135,11 @@ def measure(model: PreTrainedModel, requests: int, length: int) -> Measurement:
     new_tokens = min(_NEW_TOKENS, length - 1)
     prompt = length - new_tokens
     workload = bench.Workload(requests, (prompt, prompt), (new_tokens, new_tokens))
-    on, off = (bench.observe(model, workload, overlap) for overlap in (True, False))
+    on, off = (bench.observe(model, workload, overlap, say) for overlap in (True, False))
     context = prompt + new_tokens // 2
     limit = None
     if model.device.type == "cuda":
+        say("measuring what the device can do")
         rates = bench.measure_rates(model.device, model.dtype)
         cost = bench.ModelCost.of(model)
 

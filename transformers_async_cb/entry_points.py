@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -21,6 +20,7 @@ from transformers.utils import logging
 
 from .config import AsyncBatchingConfig
 from .manager import CACHED, AsyncBatchingManager
+from .progress import BatchProgress
 from .prompts import Prompt, one_by_one
 from .settings import Workload
 
@@ -168,13 +168,10 @@ def generate_batch(
             raise
     finished: dict[str, GenerationOutput] = {}
     wanted, others = set(request_ids), []
-    progress = tqdm(
-        total=len(request_ids), disable=not progress_bar, desc=f"Solving {len(request_ids)} requests", unit="request"
-    )
     try:
-        with progress:
+        with BatchProgress(len(request_ids), progress_bar) as progress:
             while len(finished) < len(request_ids):
-                output = manager.get_result()
+                output = progress.next_result(manager)
                 if output is None:
                     break
                 if output.request_id not in wanted:  # was added to a kept manager before this call

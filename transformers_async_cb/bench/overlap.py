@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -28,14 +29,20 @@ class Observation(NamedTuple):
     captured: bool  # so for its steps, as CUDA graphs
 
 
-def observe(model: PreTrainedModel, workload: Workload, overlap: bool) -> Observation:
+def observe(
+    model: PreTrainedModel, workload: Workload, overlap: bool, say: Callable[[str], None] = lambda text: None
+) -> Observation:
     """Run a workload a few times, and note what the last run does.
+
+    Args:
+        say (`Callable`): is told what happens now.
 
     Raises:
         RuntimeError: a request failed.
         ValueError: the model is not supported.
     """
     prompts, limits = workload.prompts(model.get_input_embeddings().num_embeddings), workload.limits()
+    name = f"overlap {'on' if overlap else 'off'}"
     longest = workload.prompt_tokens[1] + workload.new_tokens[1]
     manager = model.init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=-1),
@@ -54,12 +61,14 @@ def observe(model: PreTrainedModel, workload: Workload, overlap: bool) -> Observ
             raise RuntimeError(f"{len(failed)} of {len(prompts)} requests failed, the first with: {failed[0]}")
 
     try:
-        for _ in range(_WARM_UPS):
+        for run in range(1, _WARM_UPS + 1):
+            say(f"{name}: warming up, {run} of {_WARM_UPS}")
             generate()
+        say(f"{name}: measuring")
         with manager.recording() as recorder:
             generate()
         runner = manager._engine.runner
-        timeline = Timeline.of(recorder, f"overlap {'on' if overlap else 'off'}", model.device.type)
+        timeline = Timeline.of(recorder, name, model.device.type)
         return Observation(timeline, manager.metrics(), manager.choices, runner.compiled, runner.graphs.on)
     finally:
         manager.destroy()

@@ -51,9 +51,9 @@ def run(options: argparse.Namespace) -> None:
 
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-    with console.status("measuring: compiles and captures, then runs with overlap on and off"):
+    with console.status("starting") as status:
         try:
-            measured = doctor.measure(model, options.requests, options.length)
+            measured = doctor.measure(model, options.requests, options.length, status.update)
         except (RuntimeError, ValueError) as error:
             sys.exit(f"the measurement failed: {error}")
     console.print(

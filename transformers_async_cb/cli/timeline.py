@@ -38,11 +38,8 @@ def run(options: argparse.Namespace) -> None:
     console = Console()
     model = load(options, dtype_for(options), console)
     workload = bench.Workload(options.requests, options.prompt_tokens, options.new_tokens)
-    timelines = []
-    for overlap in (True, False):
-        name = f"overlap {'on' if overlap else 'off'}"
-        with console.status(f"{name}: {workload}"):
-            timelines.append(bench.observe(model, workload, overlap).timeline)
+    with console.status("starting") as status:
+        timelines = [bench.observe(model, workload, overlap, status.update).timeline for overlap in (True, False)]
     for file in options.files:
         write(file, timelines)
     console.print(_table(options, model, workload, timelines))
