@@ -117,8 +117,8 @@ class TestChoices:
         assert choices["requests at once"] == "up to 3; as many as there are"
         assert choices["cache"].endswith("what these requests can use")
 
-    def test_are_a_line_each_in_the_log(self, caplog) -> None:
-        caplog.set_level("INFO", "transformers_async_cb.manager")
+    def test_are_a_line_each_in_the_log(self, log) -> None:
+        log.set_level("INFO", "transformers.transformers_async_cb.manager")
         shared_model("llama").generate_batch([[1]], generation_config=greedy(2), async_batching=True)
-        assert "pages: of 16 tokens (the default)" in caplog.messages
-        assert sum("the default" in message for message in caplog.messages) >= 5
+        assert "pages: of 16 tokens (the default)" in log.messages
+        assert sum("the default" in message for message in log.messages) >= 5

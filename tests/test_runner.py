@@ -51,7 +51,7 @@ class TestCompiledLayers:
         assert len(made) == 6
 
     @needs_a_compiler
-    def test_are_compiled_for_more_models_than_torch_would_by_itself(self, caplog) -> None:
+    def test_are_compiled_for_more_models_than_torch_would_by_itself(self, log) -> None:
         torch._dynamo.reset()
         limit = torch._dynamo.config.recompile_limit
         prompt, before = [1, 2, 3], counters["stats"]["unique_graphs"]
@@ -60,9 +60,9 @@ class TestCompiledLayers:
             outputs = model.generate_batch([prompt], generation_config=greedy(3), async_batching=COMPILED)
             assert outputs["req_0"].generated_tokens == reference(model, prompt, greedy(3))
         assert counters["stats"]["unique_graphs"] - before > limit
-        assert not [record for record in caplog.records if "do not compile" in record.getMessage()]
+        assert not [record for record in log.records if "do not compile" in record.getMessage()]
 
-    def test_run_as_they_are_written_if_they_do_not_compile(self, monkeypatch, caplog) -> None:
+    def test_run_as_they_are_written_if_they_do_not_compile(self, monkeypatch, log) -> None:
         model = new_model("llama")
         expected = [reference(shared_model("llama"), prompt, greedy(12)) for prompt in PROMPTS]
         forward = type(model.model.layers[0].mlp).forward
@@ -73,9 +73,9 @@ class TestCompiledLayers:
 
         monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", breaking)
         torch._dynamo.reset()  # what another test compiled
-        with caplog.at_level(logging.WARNING):
+        with log.at_level(logging.WARNING):
             assert generated(model) == expected
-        warnings = {record.getMessage() for record in caplog.records if "do not compile" in record.getMessage()}
+        warnings = {record.getMessage() for record in log.records if "do not compile" in record.getMessage()}
         assert len(warnings) == 1
         assert "LlamaForCausalLM" in warnings.pop()
         assert all(layer._compiled_call_impl is None for layer in model.model.layers)

@@ -25,7 +25,7 @@ from .scheduler import Plan, Scheduler
 from .settings import EngineSettings, Workload
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class Flight(NamedTuple):

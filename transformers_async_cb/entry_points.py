@@ -25,7 +25,7 @@ from .prompts import Prompt, one_by_one
 from .settings import Workload
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 def init_continuous_batching(

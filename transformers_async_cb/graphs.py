@@ -14,7 +14,7 @@ from .inputs import Bucket
 from .sampling import Flavour
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Padding tokens that a step takes to be worth a graph of its own. To compute a step uncaptured once and then capture
 # it takes 0.2 s on an H200 with a model of 8B parameters, about as long as that many tokens.

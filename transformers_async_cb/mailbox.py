@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .request import Request
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class Mail(NamedTuple):

@@ -36,7 +36,7 @@ from .settings import Workload, check_batching, resolve_engine
 from .timeline import Timeline, check_file, write
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Where a persistent manager waits on the model; transformers' own is under another name, so neither finds the other's.
 CACHED = "_async_batching_manager"

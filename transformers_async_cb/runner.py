@@ -24,7 +24,7 @@ from .scheduler import Plan
 from .settings import EngineSettings
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 
 # Words of a fork: see `Admission.take_forks`.

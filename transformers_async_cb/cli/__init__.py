@@ -23,5 +23,6 @@ def main(arguments: list[str] | None = None) -> None:
     for command in COMMANDS:
         command.add_parser(commands)
     options = parser.parse_args(arguments)
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # of transformers, whose remarks are on what is as it should be here
+    logging.get_logger(f"transformers.{__package__.partition('.')[0]}").setLevel(logging.WARNING)
     options.run(options)
