@@ -18,10 +18,15 @@ class Line:
 
     def __init__(self) -> None:
         self.waiting: list[tuple[tuple[int, int], Request]] = []  # heap by place in line
+        self.held_back = 0  # requests, in all families
         self.next_deadline = math.inf  # no request is late before
 
     def __bool__(self) -> bool:
         return bool(self.waiting)
+
+    def __len__(self) -> int:
+        """Requests that stand in line or are held back; a cancelled one counts until its turn comes."""
+        return len(self.waiting) + self.held_back
 
     def __iter__(self) -> Iterator[Request]:
         """Those that stand in line, in no order."""
@@ -32,7 +37,7 @@ class Line:
         self.next_deadline = min(self.next_deadline, request.deadline)
         family = request.family
         if family is not None and family.leader is not None:
-            family.held_back.append(request)
+            self._hold_back(request)
             return
         if family is not None:
             family.leader = request
@@ -53,13 +58,17 @@ class Line:
 
     def hold_first_back(self) -> None:
         """Another of its family computes its prompt."""
-        request = self.pop()
+        self._hold_back(self.pop())
+
+    def _hold_back(self, request: Request) -> None:
         request.family.held_back.append(request)
+        self.held_back += 1
 
     def let_go(self, family: Family) -> None:
         """The prompt is computed."""
         for request in family.held_back:
             self.stand(request)
+        self.held_back -= len(family.held_back)
         family.held_back.clear()
 
     def pass_on(self, request: Request) -> None:
@@ -67,6 +76,7 @@ class Line:
         family = request.family
         while family is not None and family.leader is request and family.held_back:
             heir = family.held_back.pop(0)
+            self.held_back -= 1
             if heir.finished_time < 0:
                 family.leader = heir
                 self.stand(heir)

@@ -199,7 +199,7 @@ class Meter:
         steps = max(1, recent.steps)
         return Metrics(
             running=s.rows.count - s.rows.free,
-            waiting=s.line.count,
+            waiting=len(s.line),
             preempted=s.preemptions,
             finished=self.finished,
             failed=self.failed,

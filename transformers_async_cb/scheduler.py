@@ -126,6 +126,7 @@ class Scheduler:
             "rows": self.rows.count - self.rows.free,
             "steps in flight": int(self.rows.in_flight.sum()),
             "prefilling rows": len(self.prefilling),
+            "requests held back": self.line.held_back,
         }
         if any(held.values()):
             raise RuntimeError(f"the books do not balance, still held while idle: {held}")
