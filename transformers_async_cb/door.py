@@ -134,6 +134,7 @@ class Door:
         json_schema: Any = None,
         regex: Any = None,
         grammar: Any = None,
+        stop_in_answer: bool = False,
         generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         seed: int | None = None,
         priority: int = 0,
@@ -190,7 +191,9 @@ class Door:
                 max_new_tokens=limit,
                 sampling=self._sampling(request_id, settings.sampling, seed),
                 eos_ids=eos,
-                stop_strings=self._stop_strings(name, strings, self._tokenizer),
+                stop_strings=self._stop_strings(
+                    name, strings, self._tokenizer, first=len(tokens) if stop_in_answer else 0
+                ),
                 max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
                 stopping_criteria=criteria,
                 shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
@@ -293,7 +296,7 @@ class Door:
             raise ValueError(f"{name}: {error}") from error
 
     def _stop_strings(
-        self, name: str, strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None
+        self, name: str, strings: tuple[str, ...], tokenizer: PreTrainedTokenizerBase | None, first: int = 0
     ) -> StopStrings | None:
         if not strings:
             return None
@@ -307,7 +310,7 @@ class Door:
                     f"{name}: requests with stop strings of another tokenizer have not ended, wait for their results"
                 )
             self._texts = TokenTexts(tokenizer)
-        return StopStrings(strings, self._texts)
+        return StopStrings(strings, self._texts, first)
 
     def _constraint(
         self,

@@ -148,6 +148,11 @@ class AsyncBatchingManager:
     def warmed_up(self) -> bool:
         return self._engine is not None
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of prompt and answer that there is room for in one request, once the manager has been warmed up."""
+        return self._engine.settings.max_tokens
+
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
@@ -422,6 +427,8 @@ class AsyncBatchingManager:
             grammar (`str`, *optional*): the answer follows this grammar, in the EBNF of GBNF
                 (https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md) with the rule `root` on top.
             generation_config (`GenerationConfig`, *optional*): in place of all the manager's settings.
+            stop_in_answer (`bool`): stop strings end the request only where they lie in the answer; by default they
+                may begin in the prompt, as for `model.generate`.
             seed (`int`, *optional*): decides what is sampled, whatever the request's id. Not the same as the
                 `ContinuousBatchingConfig`'s, from which and the id the seed is made by default.
             priority (`int`, *optional*): requests with a higher one go first, among those that wait for room; 0 by

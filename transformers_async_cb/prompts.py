@@ -51,9 +51,11 @@ def one_by_one(inputs: Any, attention_mask: Any = None) -> Sequence[Prompt]:
     return [_unpadded(f"inputs[{i}]", *row) for i, row in enumerate(zip(inputs, attention_mask, strict=True))]
 
 
-def encode(name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None) -> Sequence[int]:
-    """The token ids of a text (special tokens added) or a chat (by the tokenizer's template, up to where the answer
-    begins); anything else comes back as it is.
+def encode(
+    name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, **template_settings: Any
+) -> Sequence[int]:
+    """The token ids of a text (special tokens added) or a chat (by the tokenizer's template with its settings, up to
+    where the answer begins); anything else comes back as it is.
 
     Raises:
         ValueError: there is no tokenizer, or it does not take the prompt; the message starts with `name`.
@@ -68,7 +70,8 @@ def encode(name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None)
         )
     try:
         if chat:
-            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            settings = {**template_settings, "add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            return tokenizer.apply_chat_template(prompt, **settings)["input_ids"]
         return tokenizer(prompt)["input_ids"]
     except Exception as error:  # templates raise whatever they like
         raise ValueError(f"{name}: the tokenizer does not take this prompt: {error}") from error

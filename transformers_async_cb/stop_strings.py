@@ -49,10 +49,12 @@ class StopStrings:
     Args:
         strings (`Iterable[str]`): at least one, none empty.
         texts (`TokenTexts`): of the tokenizer.
+        first (`int`): the strings must lie in the tokens from that one on.
     """
 
-    def __init__(self, strings: Iterable[str], texts: TokenTexts) -> None:
+    def __init__(self, strings: Iterable[str], texts: TokenTexts, first: int = 0) -> None:
         self.texts = texts
+        self._first = first
         self._strings = [texts.spell(string) for string in strings]
         self._window = max(len(string) for string in self._strings)  # tokens, as the criterion has it
         self.last_letters = 0
@@ -61,7 +63,7 @@ class StopStrings:
 
     def end(self, tokens: np.ndarray) -> bool:
         """Whether a string ends within the last of `tokens` (int `[n]`, prompt and answer)."""
-        parts = self.texts.of(tokens[-self._window :])
+        parts = self.texts.of(tokens[max(self._first, len(tokens) - self._window) :])
         text = parts[0][:0].join(parts)
         before = len(text) - len(parts[-1])
         return any(text.find(string, max(0, before - len(string) + 1)) >= 0 for string in self._strings)

@@ -1,0 +1,345 @@
+"""The server, asked by OpenAI's own client over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import batching, generate_alone, greedy, new_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from transformers_async_cb.manager import AsyncBatchingManager
+
+
+httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+
+from transformers_async_cb.serve.app import Server, create_app  # noqa: E402
+
+
+PATIENCE = 30
+CONTEXT = 512
+CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a b"}]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}{{ suffix or '' }}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and a tokenizer of single bytes, as users find them: `é` is two tokens."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(bytes_)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", chat_template=TEMPLATE)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
+    path = tmp_path_factory.mktemp("model")
+    tokenizer.save_pretrained(path)
+    new_model("qwen3", vocab_size=len(tokenizer), initializer_range=0.2).save_pretrained(path)
+    return path
+
+
+class Running:
+    """A server on a thread of its own, and what a test asks about it."""
+
+    def __init__(self, manager: AsyncBatchingManager, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.manager, self.tokenizer, self.model = manager, tokenizer, manager.model
+        self.twin: AutoModelForCausalLM  # same weights, not on loan
+        config = uvicorn.Config(create_app(Server(manager, tokenizer, "tiny")), port=0, log_level="critical")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run)
+
+    @property
+    def url(self) -> str:
+        host, port = self.uvicorn.servers[0].sockets[0].getsockname()
+        return f"http://{host}:{port}"
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+
+    def post(self, route: str, content: str | dict) -> httpx.Response:
+        content = json.dumps(content) if isinstance(content, dict) else content
+        headers = {"content-type": "application/json"}
+        return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=PATIENCE)
+
+    def expected(self, prompt: str, new_tokens: int) -> str:
+        """What `generate` answers to a text."""
+        tokens = generate_alone(self.twin, self.tokenizer(prompt).input_ids, greedy(new_tokens))
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+
+    def wait_until_nothing_is_held(self) -> None:
+        """Raises `AssertionError` if a request still runs, or holds pages, after a while."""
+        scheduler, end = self.manager._engine.scheduler, time.monotonic() + PATIENCE
+        while not scheduler.idle or scheduler.pages.free < scheduler.pages.count:
+            assert time.monotonic() < end, "a request that nobody waits for still runs"
+            time.sleep(0.01)
+        scheduler.check_books()
+        assert not self.manager._door.live
+
+
+@contextmanager
+def serving(folder: Path, eos_token_id: int | None = None) -> Iterator[Running]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = eos_token_id
+    manager = model.init_continuous_batching(
+        continuous_batching_config=batching(page_size=16, num_blocks=1024), tokenizer=tokenizer, async_batching=True
+    )
+    running = Running(manager, tokenizer)
+    running.twin = AutoModelForCausalLM.from_pretrained(folder)
+    running.thread.start()
+    end = time.monotonic() + PATIENCE
+    while not running.uvicorn.started:
+        assert running.thread.is_alive() and time.monotonic() < end
+        time.sleep(0.005)
+    try:
+        yield running
+    finally:
+        running.uvicorn.should_exit = True
+        running.thread.join(PATIENCE)
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Running]:
+    with serving(folder) as running:
+        yield running
+
+
+class TestAnAnswer:
+    def test_is_what_generate_answers(self, server: Running) -> None:
+        with server.client() as client:
+            chat = client.chat.completions.create(model="tiny", messages=CHAT, max_completion_tokens=20, temperature=0)
+            text = client.completions.create(model="tiny", prompt="a b", max_tokens=20, temperature=0)
+            ids = client.completions.create(
+                model="tiny", prompt=server.tokenizer("a b").input_ids, max_tokens=20, temperature=0
+            )
+        templated = "<|system|>be brief<|user|>a b<|assistant|>"
+        assert chat.choices[0].message.content == server.expected(templated, 20)
+        assert chat.choices[0].message.role == "assistant"
+        assert text.choices[0].text == ids.choices[0].text == server.expected("a b", 20)
+        assert [answer.choices[0].finish_reason for answer in (chat, text, ids)] == ["length"] * 3
+        assert chat.usage.prompt_tokens == len(server.tokenizer(templated).input_ids)
+        assert (text.usage.prompt_tokens, text.usage.completion_tokens, text.usage.total_tokens) == (3, 20, 23)
+
+    def test_streams_as_the_same_text_with_whole_characters_and_usage_at_the_end(self, server: Running) -> None:
+        with server.client() as client:
+            settings = {"model": "tiny", "max_tokens": 60, "temperature": 0}
+            usage = {"include_usage": True}
+            whole = client.chat.completions.create(messages=CHAT, **settings)
+            chunks = list(client.chat.completions.create(messages=CHAT, stream=True, stream_options=usage, **settings))
+            texts = list(client.completions.create(prompt="a b", stream=True, **settings))
+        first, *middle, last, closing = chunks
+        assert first.choices[0].delta.role == "assistant"
+        assert "".join(chunk.choices[0].delta.content for chunk in middle) == whole.choices[0].message.content
+        assert len(middle) > 20
+        assert last.choices[0].finish_reason == "length"
+        assert closing.choices == [] and closing.usage == whole.usage
+        assert all(chunk.usage is None for chunk in chunks[:-1])
+        assert "".join(chunk.choices[0].text for chunk in texts) == server.expected("a b", 60)
+        assert texts[-1].choices[0].finish_reason == "length"
+
+    def test_has_a_choice_for_each_prompt(self, server: Running) -> None:
+        prompts = ["a", "b c", "d"]
+        with server.client() as client:
+            settings = {"model": "tiny", "prompt": prompts, "max_tokens": 8, "temperature": 0}
+            whole = client.completions.create(**settings)
+            streamed = [""] * 3
+            for chunk in client.completions.create(**settings, stream=True):
+                streamed[chunk.choices[0].index] += chunk.choices[0].text
+        assert [choice.text for choice in whole.choices] == streamed == [server.expected(p, 8) for p in prompts]
+        assert whole.usage.completion_tokens == 24
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_ends_before_a_stop_string_of_its_own(self, server: Running, stream: bool) -> None:
+        text = server.expected("a b", 40)
+        start = next(i for i in range(5, 35) if text[i : i + 2] not in text[: i + 1])
+        stop = text[start : start + 2]
+        with server.client() as client:
+            settings = {"model": "tiny", "prompt": "a b", "max_tokens": 40, "temperature": 0, "stop": [stop, "\x00"]}
+            if stream:
+                chunks = list(client.completions.create(stream=True, **settings))
+                answer, reason = (
+                    "".join(chunk.choices[0].text for chunk in chunks),
+                    chunks[-1].choices[0].finish_reason,
+                )
+            else:
+                choice = client.completions.create(**settings).choices[0]
+                answer, reason = choice.text, choice.finish_reason
+        assert (answer, reason) == (text[:start], "stop")
+
+    def test_is_not_ended_by_a_stop_string_that_begins_in_the_prompt(self, server: Running) -> None:
+        text = server.expected("a b", 10)
+        with server.client() as client:
+            choice = client.completions.create(
+                model="tiny", prompt="a b", max_tokens=10, temperature=0, stop="b" + text[0]
+            ).choices[0]
+        assert (choice.text, choice.finish_reason) == (text, "length")
+
+    def test_ends_at_an_eos_unless_that_is_to_be_ignored(self, folder: Path) -> None:
+        twin, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        tokens = generate_alone(twin, tokenizer("a b").input_ids, greedy(20))
+        at, eos = next((i, token) for i, token in enumerate(tokens) if i > 4 and token not in tokens[:i])
+        settings = {"model": "tiny", "prompt": "a b", "max_tokens": 20, "temperature": 0}
+        with serving(folder, eos) as server, server.client() as client:
+            ended = client.completions.create(**settings)
+            ignored = client.completions.create(**settings, extra_body={"ignore_eos": True})
+        assert (ended.usage.completion_tokens, ended.choices[0].finish_reason) == (at + 1, "stop")
+        assert (ignored.usage.completion_tokens, ignored.choices[0].finish_reason) == (20, "length")
+
+    def test_samples_by_its_own_settings(self, server: Running) -> None:
+        def ask(**settings) -> str:
+            return client.completions.create(model="tiny", prompt="a b", max_tokens=12, **settings).choices[0].text
+
+        with server.client() as client:
+            hot = [ask(temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+            assert hot[0] == hot[1] != hot[2]
+            assert ask(temperature=5.0, top_p=1e-6) == ask(temperature=5.0, extra_body={"top_k": 1}) == ask()
+            assert ask(temperature=5.0, extra_body={"min_p": 1.0}) == server.expected("a b", 12)
+            space = server.tokenizer("x").input_ids[0]
+            assert ask(temperature=0, logit_bias={str(space): 100}) == "x" * 12
+            repeated = ask(temperature=0, logit_bias={str(space): 20}, frequency_penalty=2, presence_penalty=2)
+            assert repeated.startswith("x") and len(set(repeated)) > 1
+
+
+class TestManyAtOnce:
+    def test_all_get_their_answers(self, server: Running) -> None:
+        rng = random.Random(0)
+        prompts = ["".join(rng.choices("abc d", k=rng.randint(1, 60))) for _ in range(200)]
+        limits = [rng.randint(1, 12) for _ in prompts]
+
+        async def ask(client: openai.AsyncOpenAI, i: int) -> str:
+            settings = {"model": "tiny", "prompt": prompts[i], "max_tokens": limits[i], "temperature": 0}
+            if i % 2:
+                return (await client.completions.create(**settings)).choices[0].text
+            stream = await client.completions.create(**settings, stream=True)
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        async def ask_all() -> list[str]:
+            limits = httpx.Limits(max_connections=None)
+            async with openai.AsyncOpenAI(
+                base_url=f"{server.url}/v1", api_key="none", http_client=httpx.AsyncClient(limits=limits, timeout=60)
+            ) as client:
+                return await asyncio.gather(*(ask(client, i) for i in range(len(prompts))))
+
+        answers = asyncio.run(ask_all())
+        for i in range(0, len(prompts), 9):
+            assert answers[i] == server.expected(prompts[i], limits[i])
+        server.wait_until_nothing_is_held()
+
+
+class TestAClientThatGoesAway:
+    def test_in_the_middle_of_a_stream_gives_its_pages_back(self, server: Running) -> None:
+        with server.client() as client:
+            stream = client.chat.completions.create(model="tiny", messages=CHAT, stream=True, temperature=0)
+            for _ in range(3):
+                next(stream)
+            assert server.manager._door.live
+            stream.close()
+        server.wait_until_nothing_is_held()
+
+    def test_while_it_waits_for_a_whole_answer_gives_its_pages_back(self, server: Running) -> None:
+        with server.client() as client, pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.2).chat.completions.create(model="tiny", messages=CHAT, temperature=0)
+        server.wait_until_nothing_is_held()
+
+
+class TestABadRequest:
+    @pytest.mark.parametrize(
+        "route, content, status, param, said",
+        [
+            ("completions", '{"model": "tiny", "prompt', 400, None, "not valid JSON"),
+            ("completions", "[]", 400, None, "The body"),
+            ("completions", {"model": "tiny"}, 400, "prompt", "Field required"),
+            ("completions", {"model": "tiny", "prompt": "a", "max_tokens": 0}, 400, "max_tokens", "got 0"),
+            ("completions", {"model": "tiny", "prompt": "a", "beams": 4}, 400, "beams", "not supported"),
+            ("completions", {"model": "tiny", "prompt": [5000]}, 400, None, "outside the vocabulary"),
+            ("completions", {"model": "tiny", "prompt": []}, 400, None, "empty"),
+            ("completions", {"model": "tiny", "prompt": "a", "stop": ""}, 400, "stop", "empty"),
+            ("completions", {"model": "tiny", "prompt": "a", "logit_bias": {"9999": 1}}, 400, None, "9999"),
+            ("completions", {"model": "other", "prompt": "a"}, 404, "model", "does not exist"),
+            ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "at least 1"),
+            ("chat/completions", {"model": "tiny", "messages": CHAT, "tools": []}, 400, "tools", "not supported"),
+            ("chat/completions", {"model": "tiny", "messages": CHAT, "temperature": -1}, 400, "temperature", "got -1"),
+            ("nothing", {}, 404, None, "Not Found"),
+        ],
+    )  # fmt: skip
+    def test_is_an_error_of_openais_form_and_the_server_goes_on(
+        self, server: Running, route: str, content: str | dict, status: int, param: str | None, said: str
+    ) -> None:
+        response = server.post(route, content)
+        assert response.status_code == status
+        error = response.json()["error"]
+        assert said in error["message"]
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param
+        assert server.post("completions", {"model": "tiny", "prompt": "a", "max_tokens": 1}).status_code == 200
+
+    @pytest.mark.parametrize("length, limit", [(CONTEXT + 1, None), (CONTEXT - 3, 4)])
+    def test_is_a_prompt_that_is_too_long(self, server: Running, length: int, limit: int | None) -> None:
+        with server.client() as client:
+            with pytest.raises(openai.BadRequestError, match=f"maximum context length is {CONTEXT}") as raised:
+                client.completions.create(model="tiny", prompt=[1] * length, max_tokens=limit)
+            assert raised.value.code == "context_length_exceeded"
+            assert client.completions.create(model="tiny", prompt=[1] * (CONTEXT - 1), max_tokens=1).choices
+
+    def test_among_the_prompts_of_a_call_runs_none_of_them(self, server: Running) -> None:
+        with server.client() as client, pytest.raises(openai.BadRequestError, match="outside the vocabulary"):
+            client.completions.create(model="tiny", prompt=[[1, 2], [5000]])
+        assert server.manager._engine.steps == 0
+
+
+class TestAServer:
+    def test_says_which_model_it_has_and_that_it_is_well(self, server: Running) -> None:
+        with server.client() as client:
+            assert [model.id for model in client.models.list()] == ["tiny"]
+            assert client.models.retrieve("tiny").object == "model"
+            with pytest.raises(openai.NotFoundError):
+                client.models.retrieve("other")
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+    def test_whose_engine_failed_says_so(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_) -> None:
+            raise ZeroDivisionError("on purpose")
+
+        monkeypatch.setattr(server.manager._engine.scheduler, "plan", fail)
+        body = {"model": "tiny", "prompt": "a"}
+        response = server.post("completions", body)
+        assert response.status_code == 500 and "on purpose" in response.json()["error"]["message"]
+        assert server.post("completions", body).status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 503
+
+    def test_starts_with_the_command_and_stops_when_interrupted(self, folder: Path) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "transformers_async_cb",
+            "serve",
+            str(folder),
+            "--port",
+            "0",
+            "--name",
+            "tiny",
+        ]
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+            answer = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=PATIENCE)
+            process.send_signal(2)
+            process.stderr.read()
+        assert answer.json()["usage"]["completion_tokens"] == 16
+        assert process.returncode in (0, -2)

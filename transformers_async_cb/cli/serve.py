@@ -1,0 +1,58 @@
+"""`serve`: a model, with the routes of OpenAI's interface."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from transformers import AutoTokenizer, ContinuousBatchingConfig
+
+from .. import shapes
+from ..config import AsyncBatchingConfig
+
+
+# Seconds that answers under way get when the server is asked to stop.
+GRACE = 10
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("serve", help="serve a model with the routes of OpenAI's interface")
+    parser.set_defaults(run=run)
+    parser.add_argument("model", help="a folder or a hub name, with a tokenizer")
+    parser.add_argument("--name", help="what clients call the model (default: as given)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free (default: 8000)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", help="default: that of the weights")
+    parser.add_argument("--max-requests", type=int, metavar="N", help="that run at once")
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="in one step")
+    parser.add_argument("--memory", type=float, metavar="SHARE", help="of the free memory, for keys and values")
+    parser.add_argument("--no-overlap", action="store_true", help="keep one batch in flight, to compare")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load the model and serve it until interrupted."""
+    try:
+        import uvicorn
+
+        from ..serve.app import Server, create_app
+    except ImportError as error:
+        sys.exit(f"serve needs {error.name}: pip install 'transformers-async-cb[serve]'")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = shapes.load(options.model, options.device, dtype)
+    manager = model.init_continuous_batching(
+        continuous_batching_config=ContinuousBatchingConfig(
+            max_requests_per_batch=options.max_requests,
+            max_batch_tokens=options.max_batch_tokens,
+            max_memory_percent=options.memory,
+        ),
+        tokenizer=tokenizer,
+        async_batching=AsyncBatchingConfig(overlap=not options.no_overlap),
+    )
+    app = create_app(Server(manager, tokenizer, options.name or options.model))
+    uvicorn.run(
+        app, host=options.host, port=options.port, log_level="info", access_log=False,
+        timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip

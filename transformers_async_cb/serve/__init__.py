@@ -1,0 +1,1 @@
+"""An HTTP server with the routes of OpenAI's interface, over one manager."""

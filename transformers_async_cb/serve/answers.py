@@ -1,0 +1,94 @@
+"""Answers in OpenAI's form: whole, or in chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from .following import News
+
+
+class _Answer:
+    """One answer, of some choices.
+
+    Args:
+        model (`str`): the model's name.
+        choices (`int`): how many there are.
+    """
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: str, choices: int) -> None:
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._texts = [""] * choices
+        self._reasons: list[str | None] = [None] * choices
+
+    def take(self, news: News) -> None:
+        """Keep what is new, for `whole`."""
+        self._texts[news.choice] += news.text
+        self._reasons[news.choice] = news.finish_reason
+
+    def whole(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The answer that is not streamed."""
+        choices = [
+            {"index": i, **self._content(text), "logprobs": None, "finish_reason": reason}
+            for i, (text, reason) in enumerate(zip(self._texts, self._reasons, strict=True))
+        ]
+        return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks before the first text."""
+        return iter(())
+
+    def chunks(self, news: News) -> Iterator[dict[str, Any]]:
+        """Chunks that say what is new."""
+        if news.text:
+            yield self._chunk(news.choice, self._delta(news.text), None)
+        if news.finish_reason is not None:
+            yield self._chunk(news.choice, self._delta(None), news.finish_reason)
+
+    def closing(self, usage: dict[str, int]) -> dict[str, Any]:
+        """The chunk that says what the answer took."""
+        return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage}
+
+    def _chunk(self, choice: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
+        choices = [{"index": choice, **delta, "logprobs": None, "finish_reason": reason}]
+        return {**self._head, "object": self.chunk_object, "choices": choices}
+
+    def _content(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(self, text: str | None) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatAnswer(_Answer):
+    """Of `/v1/chat/completions`."""
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for choice in range(len(self._texts)):
+            yield self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}, None)
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def _delta(self, text: str | None) -> dict[str, Any]:
+        return {"delta": {} if text is None else {"content": text}}
+
+
+class CompletionAnswer(_Answer):
+    """Of `/v1/completions`."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _delta(self, text: str | None) -> dict[str, Any]:
+        return {"text": text or ""}

@@ -1,0 +1,132 @@
+"""The requests of one call, followed on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.continuous_batching.requests import GenerationOutput
+
+from ..manager import AsyncBatchingManager
+from ..text import AnswerText
+
+
+class Call(NamedTuple):
+    """What a client asks for, ready for the engine: one answer to each of some prompts."""
+
+    prompts: list[list[int]]
+    limit: int  # new tokens
+    eos_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    settings: dict[str, Any]  # keyword arguments of `add_requests`, beside these
+    stream: bool
+
+
+class News(NamedTuple):
+    """What one choice of an answer has gained."""
+
+    choice: int
+    text: str
+    finish_reason: str | None  # "stop" or "length" once it is finished
+    error: str | None  # why it has failed
+
+
+@dataclass(slots=True)
+class _Choice:
+    index: int
+    text: AnswerText
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+
+
+class Following:
+    """Adds the requests of a call to a manager, and says what their answers gain.
+
+    Of what a request has sent since the last look only the last counts, which has all tokens so far: a client that
+    reads slowly, or an event loop that is busy, gets more at a time.
+
+    Args:
+        manager (`AsyncBatchingManager`): running, with the tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): decodes the answers, on the event loop.
+        call (`Call`): what to generate.
+    """
+
+    def __init__(self, manager: AsyncBatchingManager, tokenizer: PreTrainedTokenizerBase, call: Call) -> None:
+        self._manager = manager
+        self._tokenizer = tokenizer
+        self._call = call
+        self._choices: dict[str, _Choice] = {}
+        self._latest: dict[str, GenerationOutput] = {}
+        self._arrived = asyncio.Event()
+
+    def add(self) -> list[str]:
+        """Add all requests, or none; returns their ids. May be called on any thread.
+
+        Raises:
+            ValueError: the engine does not take one.
+            RuntimeError: the engine takes no more requests.
+        """
+        call = self._call
+        return self._manager.add_requests(
+            call.prompts, max_new_tokens=call.limit, streaming=call.stream, eos_token_id=list(call.eos_ids),
+            stop_strings=list(call.stop_strings), **call.settings,
+        )  # fmt: skip
+
+    def begin(self, request_ids: list[str]) -> None:
+        """Have the results of the requests that were added come here."""
+        for index, request_id in enumerate(request_ids):
+            text = AnswerText(self._tokenizer, self._call.stop_strings)
+            self._choices[request_id] = _Choice(index, text)
+            self._manager.register_result_handler(request_id, self._note)
+
+    async def news(self) -> AsyncIterator[News]:
+        """What the choices gain, until all are finished."""
+        while not all(choice.finished for choice in self._choices.values()):
+            await self._arrived.wait()
+            self._arrived.clear()
+            latest, self._latest = self._latest, {}
+            for request_id, output in latest.items():
+                choice = self._choices[request_id]
+                if not choice.finished:
+                    yield self._gain(choice, output)
+
+    def _note(self, output: GenerationOutput) -> None:
+        self._latest[output.request_id] = output
+        self._arrived.set()
+
+    def _gain(self, choice: _Choice, output: GenerationOutput) -> News:
+        new = output.generated_tokens[len(choice.tokens) :]
+        choice.tokens += new
+        ended = output.is_finished()
+        text = choice.text.add(new, last=ended)
+        reason = error = None
+        if ended and output.error is not None:
+            error = output.error
+        elif choice.text.stopped or (ended and not self._reached_limit(choice)):
+            reason = "stop"
+        elif ended:
+            reason = "length"
+        choice.finished = ended or reason is not None
+        if not ended and choice.finished:  # the text has a stop string that the tokens, as the engine sees them, lack
+            self._manager.cancel_request(output.request_id)
+        return News(choice.index, text, reason, error)
+
+    def _reached_limit(self, choice: _Choice) -> bool:
+        return len(choice.tokens) >= self._call.limit and choice.tokens[-1] not in self._call.eos_ids
+
+    def cancel(self) -> None:
+        """End what is not finished: nobody waits for it any more."""
+        for request_id, choice in self._choices.items():
+            if not choice.finished:
+                choice.finished = True
+                self._manager.cancel_request(request_id)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens, of prompts and answers."""
+        prompt = sum(map(len, self._call.prompts))
+        answer = sum(len(choice.tokens) for choice in self._choices.values())
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
