@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers_async_cb.manager import AsyncBatchingManager
 
 
-httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
@@ -54,6 +55,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def ask(url: str, body: str | dict | None = None) -> tuple[int, dict]:
+    """Status and answer; a body makes it a POST."""
+    data = body if body is None else (body if isinstance(body, str) else json.dumps(body)).encode()
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
 class Running:
     """A server on a thread of its own, and what a test asks about it."""
 
@@ -72,10 +84,9 @@ class Running:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
-    def post(self, route: str, content: str | dict) -> httpx.Response:
-        content = json.dumps(content) if isinstance(content, dict) else content
-        headers = {"content-type": "application/json"}
-        return httpx.post(f"{self.url}/v1/{route}", content=content, headers=headers, timeout=PATIENCE)
+    def post(self, route: str, body: str | dict) -> tuple[int, dict]:
+        """Status and answer."""
+        return ask(f"{self.url}/v1/{route}", body)
 
     def expected(self, prompt: str, new_tokens: int) -> str:
         """What `generate` answers to a text."""
@@ -230,9 +241,8 @@ class TestManyAtOnce:
             return "".join([chunk.choices[0].text async for chunk in stream])
 
         async def ask_all() -> list[str]:
-            limits = httpx.Limits(max_connections=None)
             async with openai.AsyncOpenAI(
-                base_url=f"{server.url}/v1", api_key="none", http_client=httpx.AsyncClient(limits=limits, timeout=60)
+                base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=2 * PATIENCE
             ) as client:
                 return await asyncio.gather(*(ask(client, i) for i in range(len(prompts))))
 
@@ -281,13 +291,13 @@ class TestABadRequest:
     def test_is_an_error_of_openais_form_and_the_server_goes_on(
         self, server: Running, route: str, content: str | dict, status: int, param: str | None, said: str
     ) -> None:
-        response = server.post(route, content)
-        assert response.status_code == status
-        error = response.json()["error"]
+        answered, answer = server.post(route, content)
+        error = answer["error"]
+        assert answered == status
         assert said in error["message"]
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
-        assert server.post("completions", {"model": "tiny", "prompt": "a", "max_tokens": 1}).status_code == 200
+        assert server.post("completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200
 
     @pytest.mark.parametrize("length, limit", [(CONTEXT + 1, None), (CONTEXT - 3, 4)])
     def test_is_a_prompt_that_is_too_long(self, server: Running, length: int, limit: int | None) -> None:
@@ -310,7 +320,7 @@ class TestAServer:
             assert client.models.retrieve("tiny").object == "model"
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("other")
-        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        assert ask(f"{server.url}/health") == (200, {"status": "ok"})
 
     def test_whose_engine_failed_says_so(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_) -> None:
@@ -318,10 +328,10 @@ class TestAServer:
 
         monkeypatch.setattr(server.manager._engine.scheduler, "plan", fail)
         body = {"model": "tiny", "prompt": "a"}
-        response = server.post("completions", body)
-        assert response.status_code == 500 and "on purpose" in response.json()["error"]["message"]
-        assert server.post("completions", body).status_code == 503
-        assert httpx.get(f"{server.url}/health").status_code == 503
+        status, answer = server.post("completions", body)
+        assert status == 500 and "on purpose" in answer["error"]["message"]
+        assert server.post("completions", body)[0] == 503
+        assert ask(f"{server.url}/health")[0] == 503
 
     def test_starts_with_the_command_and_stops_when_interrupted(self, folder: Path) -> None:
         command = [
@@ -338,8 +348,8 @@ class TestAServer:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
             url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
-            answer = httpx.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a"}, timeout=PATIENCE)
+            _, answer = ask(f"{url}/v1/completions", {"model": "tiny", "prompt": "a"})
             process.send_signal(2)
             process.stderr.read()
-        assert answer.json()["usage"]["completion_tokens"] == 16
+        assert answer["usage"]["completion_tokens"] == 16
         assert process.returncode in (0, -2)
