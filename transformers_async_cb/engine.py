@@ -82,8 +82,15 @@ class Engine:
         void = self.runner.attach()
         weights = self._loan.weights() if self.settings.reuse else None
         if void or weights != self._weights:
-            self.scheduler.pages.forget()
+            self.scheduler.forget()
             self._weights = weights
+
+    def release_cache(self) -> None:
+        """Free the device memory of keys and values, with nothing in flight; what ran is computed again. `attach`
+        allocates it again."""
+        self.scheduler.preempt_all()
+        self.scheduler.forget()
+        self.runner.release_pages()
 
     @torch.no_grad()
     @undisturbed()
@@ -95,13 +102,13 @@ class Engine:
         self._set_clock()
         self._lap("idle")
         while True:
-            if mailbox.pausing:
+            if mailbox.pausing(self.scheduler.idle):
                 while flights:
                     self._retire(flights.popleft())
                 self._deliver(deliver)
                 self._lap("deliver")
                 self._set_clock()
-                mailbox.park()
+                mailbox.park(self.scheduler.idle)
                 self._set_clock()
                 self._lap("idle")
             idle = self.scheduler.idle and not flights

@@ -63,6 +63,8 @@ class Graphs:
         """Forget what was captured: it no longer computes what the model does."""
         self._graphs.clear()
         self.count = 0
+        if self._pool is not None:  # a pool whose graphs are gone takes no others
+            self._pool = torch.cuda.graph_pool_handle()
 
     def choose(self, wanted: StepKey) -> StepKey:
         """The step to compute for a plan that fits `wanted`: that one, or a larger one."""

@@ -31,7 +31,9 @@ class Mailbox:
         self._condition = threading.Condition()
         self._mail = Mail([], [])
         self._pauses = 0
+        self._drains = 0  # pauses that begin once no request is under way
         self._parked = False
+        self._idle = False  # no request was under way when the loop parked
         self.reopen()
 
     def reopen(self) -> None:
@@ -62,24 +64,32 @@ class Mailbox:
             self.hard |= hard
             self._condition.notify_all()
 
-    def pause(self) -> None:
-        """Block until the loop has nothing in flight and stands still. Raises `RuntimeError` if it has ended."""
+    def pause(self, drain: bool = False) -> None:
+        """Block until the loop has nothing in flight and stands still; with `drain`, until it has also finished the
+        requests that it has, while those that come wait. Raises `RuntimeError` if the loop has ended."""
         with self._condition:
-            self._pauses += 1
-            self._condition.notify_all()
+            self._count_pause(drain, 1)
             try:
-                self._condition.wait_for(lambda: self._parked or self._closed is not None)
+                self._condition.wait_for(
+                    lambda: (self._parked and (self._idle or not drain)) or self._closed is not None
+                )
                 if self._closed is not None:
                     raise RuntimeError(f"the manager cannot pause: {self._closed}")
             except BaseException:  # an interrupt too
-                self._pauses -= 1
-                self._condition.notify_all()
+                self._count_pause(drain, -1)
                 raise
 
-    def resume(self) -> None:
+    def resume(self, drained: bool = False) -> None:
+        """End a pause, one with `drain` if it was `drained`."""
         with self._condition:
-            self._pauses -= 1
-            self._condition.notify_all()
+            self._count_pause(drained, -1)
+
+    def _count_pause(self, drain: bool, change: int) -> None:
+        if drain:
+            self._drains += change
+        else:
+            self._pauses += change
+        self._condition.notify_all()
 
     def pending(self) -> list[Request]:
         """Requests posted that the loop has not read."""
@@ -94,16 +104,20 @@ class Mailbox:
     # For the loop:
 
     def read(self, wait: bool) -> Mail:
-        """All mail; with `wait`, once there is some, or a stop or a pause is asked for."""
+        """All mail; with `wait`, once there is some, or a stop or a pause is asked for. Requests stay where they are
+        while others are to be finished before a pause."""
         with self._condition:
             if wait:
-                self._condition.wait_for(lambda: any(self._mail) or self.stopping or self._pauses)
+                self._condition.wait_for(lambda: any(self._mail) or self.stopping or self._pauses or self._drains)
             mail, self._mail = self._mail, Mail([], [])
+            if self._drains:
+                self._mail.requests.extend(mail.requests)
+                mail.requests.clear()
             return mail
 
-    @property
-    def pausing(self) -> bool:
-        return self._pauses > 0
+    def pausing(self, idle: bool) -> bool:
+        """Whether to park now, when no request is under way or when some are."""
+        return self._pauses > 0 or (idle and self._drains > 0)
 
     @property
     def done(self) -> bool:
@@ -111,12 +125,12 @@ class Mailbox:
         with self._condition:
             return self.stopping and not self._mail.requests
 
-    def park(self) -> None:
-        """Stand still until every pause is over."""
+    def park(self, idle: bool) -> None:
+        """Stand still until every pause is over that could begin; one with `drain` could if `idle`."""
         with self._condition:
-            self._parked = True
+            self._parked, self._idle = True, idle
             self._condition.notify_all()
-            self._condition.wait_for(lambda: not self._pauses)
+            self._condition.wait_for(lambda: not self.pausing(idle))
             self._parked = False
 
     def close(self, reason: str) -> None:

@@ -100,6 +100,7 @@ class AsyncBatchingManager:
         self._lock = threading.Lock()  # of the door
         self._control = threading.RLock()  # of starting, stopping and pausing
         self._pauses = 0
+        self._asleep = False
         self._paused_here = threading.local()
         self.fatal_error: BaseException | None = None
 
@@ -230,6 +231,8 @@ class AsyncBatchingManager:
         thread = self._thread
         if thread is not None:
             self._mailbox.ask_to_stop(hard_stop)
+            if self._asleep:
+                self._end_sleep(cache=not hard_stop and bool(self._door.live))
             if not block:
                 return
             thread.join(timeout)
@@ -268,30 +271,110 @@ class AsyncBatchingManager:
         Raises:
             RuntimeError: the loop is not running.
         """
-        if not self.is_running():
-            raise RuntimeError("cannot pause, the manager is not running")
-        self._mailbox.pause()
+        with self._paused():
+            yield
+
+    @contextmanager
+    def _paused(self, drain: bool = False) -> Generator[None]:
+        self._hold(drain)
         self._paused_here.depth = getattr(self._paused_here, "depth", 0) + 1
-        with self._control:
-            self._pauses += 1
-            if self._pauses == 1:
-                self._loan.give_back()
         try:
             yield
         finally:
             self._paused_here.depth -= 1
-            try:
-                with self._control:
-                    self._pauses -= 1
-                    if self._pauses == 0:
-                        self._loan.borrow()
-                        self._engine.attach()
-                    self._engine.lanes.enter()
-            except BaseException:
-                self._mailbox.ask_to_stop(hard=True)
-                raise
-            finally:
+            self._let_go(drain)
+
+    def _hold(self, drain: bool = False) -> None:
+        """Begin a pause."""
+        if not self.is_running():
+            raise RuntimeError("cannot pause, the manager is not running")
+        self._mailbox.pause(drain)
+        with self._control:
+            self._pauses += 1
+            if self._pauses == 1:
+                self._loan.give_back()
+
+    def _let_go(self, drained: bool = False) -> None:
+        """End a pause: the engine takes up the model as it is now, after all that this thread's stream does to it."""
+        try:
+            with self._control:
+                self._pauses -= 1
+                if self._pauses == 0:
+                    self._loan.borrow()
+                    self._engine.attach()
+                self._engine.lanes.enter()
+        except BaseException:
+            self._mailbox.ask_to_stop(hard=True)
+            raise
+        finally:
+            self._mailbox.resume(drained)
+
+    @contextmanager
+    def update_weights(self, in_flight: str = "keep") -> Generator[PreTrainedModel]:
+        """Hold the loop as `pause` does, to change the weights of the model inside: in place, or by giving parameters
+        other storage. On CUDA, what this thread's current stream does inside comes after all steps before and before
+        all after. Prompts find no keys and values of the old weights in the cache.
+
+        Args:
+            in_flight (`str`): what becomes of requests that are under way. `"keep"`: they go on, and of the tokens so
+                far they keep the keys and values that the old weights gave. `"recompute"`: those are computed again
+                with the new weights. `"drain"`: they are finished with the old weights first; requests that are added
+                meanwhile wait.
+
+        Raises:
+            ValueError: `in_flight` is none of these.
+            RuntimeError: the loop is not running, or could not finish requests for `"drain"`.
+        """
+        if in_flight not in ("keep", "recompute", "drain"):
+            raise ValueError(f"in_flight must be 'keep', 'recompute' or 'drain', got {in_flight!r}")
+        if in_flight == "drain" and (self._asleep or getattr(self._paused_here, "depth", 0)):
+            raise RuntimeError("cannot finish requests now: the manager sleeps, or this thread holds a pause")
+        with self._paused(drain=in_flight == "drain"):
+            if in_flight == "recompute":
+                self._engine.scheduler.preempt_all()
+            yield self.model
+
+    def sleep(self) -> None:
+        """Hand the memory of keys and values to whoever wants it, until `wake`; the model is the caller's meanwhile,
+        as in a pause. Requests stay, and those under way are computed again. A manager that was kept and does not run
+        sleeps until the next start.
+        """
+        running = self.is_running()
+        if running:
+            self._hold()
+        with self._control:
+            if self._asleep and running:  # another thread was faster
+                self._pauses -= 1
                 self._mailbox.resume()
+                return
+            self._loan.give_back()
+            if self._engine is not None:
+                self._engine.release_cache()
+            self._asleep = running
+
+    def wake(self) -> None:
+        """End a sleep: take the memory back, and go on with the model as it is now.
+
+        Raises:
+            torch.OutOfMemoryError: it is not there; the manager still sleeps.
+        """
+        if self._asleep:
+            self._end_sleep(cache=True)
+
+    def _end_sleep(self, cache: bool) -> None:
+        with self._control:
+            if not self._asleep:
+                return
+            if cache:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._engine.runner.take_pages()
+            self._asleep = False
+            if not cache:  # nothing will be computed
+                self._pauses -= 1
+        if cache:
+            self._let_go()
+        else:
+            self._mailbox.resume()
 
     def _run(self) -> None:
         reason = "it has stopped"

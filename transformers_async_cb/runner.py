@@ -99,27 +99,46 @@ class Runner:
         self.tables: Tables | None = None  # made when a request first shapes its logits
         self.counters = torch.zeros(rows.count * kv_heads, **on_device)
 
-        self.layers = {
+        self._shapes = shapes
+        self._pages = settings.pages
+        self._debug = settings.debug
+        self.layers: dict[torch.nn.Module, PagedLayer] = {}
+        self.take_pages()
+        self._baked_in: list = []
+
+    def take_pages(self) -> None:
+        """Allocate the pages, if they are not there."""
+        if self.layers:
+            return
+        layers = {
             module: PagedLayer(
                 *(
                     torch.empty(
-                        settings.pages + 1, self.page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device
+                        self._pages + 1, self.page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device
                     )
                     for dim in (shape.key_dim, shape.value_dim)
                 )
             )
-            for module, shape in shapes.items()
+            for module, shape in self._shapes.items()
         }
-        for layer in self.layers.values():
+        for layer in layers.values():
             for storage in (layer.key_pages, layer.value_pages):
-                if settings.debug:
+                if self._debug:
                     storage.fill_(torch.nan)
                 storage[Pages.PADDING] = 0
-        self._baked_in: list = []
+        self.layers = layers
+
+    def release_pages(self) -> None:
+        """Free the pages, and what was captured, which points into them. The model must be given back."""
+        self.layers.clear()
+        self.graphs.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory of graphs is nobody else's until then
 
     def attach(self) -> bool:
         """Give the model's layers their pages. Weights that have moved since the last time, hooks that have come or
         gone, and adapters that were switched void what was captured; returns whether they did."""
+        self.take_pages()
         self.loan.attach(self.layers)
         if self.fused:
             self.loan.fuse_products()

@@ -106,6 +106,20 @@ class Scheduler:
         while (request := self.line.first()) is not None:
             self._refuse(request, reason)
 
+    def preempt_all(self) -> None:
+        """Have all tokens of every running request computed again. Nothing may be in flight."""
+        for row in list(self.row_of.values()):
+            self.rows.phase[row] = Phase.PREEMPTED
+            self._forget_prefill(row)
+            self._release(row)
+
+    def forget(self) -> None:
+        """What pages hold is worth nothing to requests to come, as the model has changed. Nor is what running requests
+        will add to theirs: it depends on what they have."""
+        self.pages.forget()
+        running = list(self.row_of.values())
+        self.rows.full_pages[running] = self.rows.pages.shape[1]
+
     def save_all(self) -> None:
         """Copy the running requests' tokens so far into them, for whoever ends them without this scheduler."""
         for row in self.row_of.values():
