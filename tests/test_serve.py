@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import batching, generate_alone, greedy, new_model
+from conftest import batching, engine_threads, generate_alone, greedy, new_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -28,6 +29,7 @@ from transformers_async_cb.manager import AsyncBatchingManager
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 
+from transformers_async_cb.serve import in_transformers  # noqa: E402
 from transformers_async_cb.serve.app import Server, create_app  # noqa: E402
 
 
@@ -51,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
     path = tmp_path_factory.mktemp("model")
     tokenizer.save_pretrained(path)
-    new_model("qwen3", vocab_size=len(tokenizer), initializer_range=0.2).save_pretrained(path)
+    new_model("llama", vocab_size=len(tokenizer), initializer_range=0.2).save_pretrained(path)
     return path
 
 
@@ -353,3 +355,46 @@ class TestAServer:
             process.stderr.read()
         assert answer["usage"]["completion_tokens"] == 16
         assert process.returncode in (0, -2)
+
+
+class TestTransformersOwnServer:
+    @pytest.fixture
+    def theirs(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[openai.OpenAI]:
+        from transformers.cli.serve import Serve
+        from transformers.cli.serving import utils
+
+        monkeypatch.setattr(utils, "CBGenerateManager", utils.CBGenerateManager)  # which is put back
+        in_transformers.use_this_engine()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        server = Serve(
+            force_model=str(folder), continuous_batching=True, device="cpu", host="127.0.0.1", port=port,
+            non_blocking=True, cb_num_blocks=64,
+        )  # fmt: skip
+        end = time.monotonic() + PATIENCE
+        while not server.server.started:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            yield client
+        server.kill_server()
+        server._thread.join(PATIENCE)
+
+    def test_generates_on_this_engine_with_each_requests_own_settings(self, theirs, folder: Path) -> None:
+        twin, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        prompt = tokenizer("<|system|>be brief<|user|>a b<|assistant|>").input_ids
+        expected = tokenizer.decode(generate_alone(twin, prompt, greedy(12)), skip_special_tokens=True)
+        settings = {"model": str(folder), "messages": CHAT, "max_tokens": 12}
+        bias = {"logit_bias": {str(tokenizer("x").input_ids[0]): 100.0}}
+        create = theirs.chat.completions.create
+        biased, plain = create(**settings, **bias), create(**settings)
+        stopped = create(**settings, **bias, stop="xxx")
+        streamed = [chunk.choices[0].delta.content or "" for chunk in create(**settings, **bias, stream=True)]
+        assert engine_threads()
+        assert biased.choices[0].message.content == "".join(streamed) == "x" * 12
+        assert plain.choices[0].message.content == expected
+        assert stopped.usage.completion_tokens == 3
+        with pytest.raises(openai.BadRequestError) as raised:
+            create(**settings, logit_bias={"9999": 1.0})
+        assert "9999" in raised.value.response.text
+        assert create(**settings).choices[0].message.content == expected
