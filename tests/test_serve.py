@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from transformers_async_cb.serve import in_transformers  # noqa: E402
 from transformers_async_cb.serve.app import Server, create_app  # noqa: E402
 
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 PATIENCE = 30
 CONTEXT = 512
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a b"}]
@@ -355,6 +357,31 @@ class TestAServer:
             process.stderr.read()
         assert answer["usage"]["completion_tokens"] == 16
         assert process.returncode in (0, -2)
+
+
+class TestExamples:
+    @pytest.fixture
+    def run(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Runs an example with arguments."""
+
+        def run_example(name: str, *arguments: str) -> None:
+            monkeypatch.setattr(sys, "argv", [name, *arguments])
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+        return run_example
+
+    def test_a_client_asks_whole_and_in_a_stream(self, server: Running, run, capsys) -> None:
+        run("serve_client.py", "--url", server.url, "--question", "a b")
+        answer = server.expected("<|user|>a b<|assistant|>", 64)
+        assert capsys.readouterr().out.startswith(f"{answer}\nlength 64\n")
+
+    def test_a_load_counts_tokens_and_times_the_first(self, server: Running) -> None:
+        load = runpy.run_path(str(EXAMPLES / "serve_load.py"))
+        answers = load["ask_some"](server.url, load["Load"]("tiny", 5, 4, 7), range(5))
+        assert [answer.tokens for answer in answers] == [7] * 5
+        assert all(0 < answer.first < PATIENCE for answer in answers)
+        with pytest.raises(RuntimeError, match="does not exist"):
+            load["ask_some"](server.url, load["Load"]("other", 1, 4, 7), range(1))
 
 
 class TestTransformersOwnServer:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +204,12 @@ class TestASleepingManager:
         assert output.generated_tokens == reference(llama, PROMPT, greedy(8))
         assert manager._engine is engine
         llama.destroy_cached_continuous_batching_manager()
+
+
+def test_the_example_learns(capsys) -> None:
+    runpy.run_path(str(Path(__file__).parent.parent / "examples" / "rl.py"))
+    rewards = [int(percent) for percent in re.findall(r"(\d+)% of the tokens", capsys.readouterr().out)]
+    assert rewards[0] < 70 and rewards[-1] > 85
 
 
 class TestTrainingInTurn:
