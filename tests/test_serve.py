@@ -230,6 +230,29 @@ class TestAnAnswer:
             repeated = ask(temperature=0, logit_bias={str(space): 20}, frequency_penalty=2, presence_penalty=2)
             assert repeated.startswith("x") and len(set(repeated)) > 1
 
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_follows_a_json_schema(self, server: Running, stream: bool) -> None:
+        schema = {"name": "verdict", "schema": {"type": "boolean"}, "strict": True}
+        with server.client() as client:
+            answer = client.chat.completions.create(
+                model="tiny", messages=CHAT, max_tokens=20, stream=stream,
+                response_format={"type": "json_schema", "json_schema": schema},
+            )  # fmt: skip
+            if stream:
+                *chunks, last = answer
+                text, reason = "".join(c.choices[0].delta.content for c in chunks), last.choices[0].finish_reason
+            else:
+                text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert json.loads(text) in (True, False)
+        assert reason == "stop"
+
+    def test_is_an_object_if_asked_to_be(self, server: Running) -> None:
+        with server.client() as client:
+            answer = client.chat.completions.create(
+                model="tiny", messages=CHAT, max_tokens=3, response_format={"type": "json_object"}
+            )
+        assert answer.choices[0].message.content.startswith("{")
+
 
 class TestManyAtOnce:
     def test_all_get_their_answers(self, server: Running) -> None:
@@ -289,6 +312,17 @@ class TestABadRequest:
             ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "at least 1"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "tools": []}, 400, "tools", "not supported"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "temperature": -1}, 400, "temperature", "got -1"),
+            ("chat/completions", {"model": "tiny", "messages": CHAT, "n": 2}, 400, "n", "got 2"),
+            ("chat/completions", {"model": "tiny", "messages": CHAT, "logprobs": True}, 400, "logprobs", "got True"),
+            (
+                "chat/completions",
+                {
+                    "model": "tiny",
+                    "messages": CHAT,
+                    "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": 3}}},
+                },
+                400, None, "json_schema is not valid",
+            ),
             ("nothing", {}, 404, None, "Not Found"),
         ],
     )  # fmt: skip

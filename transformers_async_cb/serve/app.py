@@ -104,6 +104,8 @@ class Server:
             following, request_ids = await asyncio.get_running_loop().run_in_executor(self._door, self._add, body)
         except ValueError as error:
             raise Refused(400, str(error)) from error
+        except ImportError as error:  # what a field needs
+            raise Refused(501, str(error)) from error
         except RuntimeError as error:
             raise Refused(503, str(error)) from error
         following.begin(request_ids)

@@ -36,8 +36,20 @@ class Message(_Body):
         return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
 
 
-class ResponseFormat(_Body):
-    type: Literal["text"]
+class JsonSchema(_Body):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None  # it is followed either way
+
+
+class PlainFormat(_Body):
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(_Body):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
 
 
 class Body(_Body):
@@ -113,7 +125,7 @@ class Chat(Body):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    response_format: ResponseFormat | None = None
+    response_format: PlainFormat | SchemaFormat | None = Field(None, discriminator="type")
     logprobs: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     chat_template_kwargs: dict[str, Any] = {}  # not OpenAI's
@@ -121,6 +133,14 @@ class Chat(Body):
     @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def settings(self, default_top_k: int | None) -> dict[str, Any]:
+        settings = super().settings(default_top_k)
+        if isinstance(self.response_format, SchemaFormat):
+            settings["json_schema"] = self.response_format.json_schema.schema_
+        elif self.response_format is not None and self.response_format.type == "json_object":
+            settings["json_schema"] = {"type": "object"}
+        return settings
 
 
 class Completion(Body):
