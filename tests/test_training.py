@@ -125,6 +125,27 @@ class TestNewWeights:
             for prompt in (longer[:30], longer):  # the second finds what the first computes, and no more
                 assert tokens_of(manager, manager.add_request(prompt)) == reference(new, prompt, greedy(8))
 
+    def test_find_no_pages_of_a_sequence_that_began_as_a_copy_of_one_under_way(self, old, new) -> None:
+        with started(old, max_requests_per_batch=2) as manager:
+            blocker = under_way(manager, [1, 2], 500)
+            prompt = PROMPT * 2
+            first = manager.add_request(
+                prompt, max_new_tokens=400, streaming=True, num_return_sequences=2, do_sample=True, temperature=0.01
+            )
+            assert manager.get_result(first, PATIENCE) is not None
+            with manager.update_weights():
+                change(old, new)
+                assert len(manager._engine.scheduler.row_of) == 2
+            manager.cancel_request(blocker)
+            second = manager.get_result(f"{first}__child#0", PATIENCE)
+            longer = prompt + second.generated_tokens
+            while len(longer) < 60:
+                longer = prompt + manager.get_result(f"{first}__child#0", PATIENCE).generated_tokens
+            for prompt in (longer[:16], longer[:60]):
+                expected = reference(new, prompt, greedy(8))
+                assert tokens_of(manager, manager.add_request(prompt, priority=1)) == expected
+            manager.cancel_request(first)
+
     def test_that_were_to_wait_for_requests_do_not_where_those_cannot_end(self, llama) -> None:
         with started(llama) as manager:
             with manager.pause(), pytest.raises(RuntimeError, match="holds a pause"), manager.update_weights("drain"):

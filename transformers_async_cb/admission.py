@@ -101,6 +101,7 @@ class Admission:
             r.full_pages[row] = len(found)
             r.computed[row] = len(found) * self.pages.page_size
             if source is not None:
+                r.stale[row] = r.stale[source]
                 self._fork(source, row)
             elif request.family is not None:
                 request.family.leader = request
@@ -130,7 +131,7 @@ class Admission:
 
     def note_full_pages(self, row: int) -> None:
         """Let others find the pages of a row that are full of tokens whose values are known."""
-        if not self.reuse:
+        if not self.reuse or self.rows.stale[row]:
             return
         r, request = self.rows, self.rows.request[row]
         known = int(r.known[row])

@@ -162,6 +162,7 @@ class Rows:
         self.asks = np.zeros(count, bool)  # criteria of the user's
         self.page_count = np.zeros(count, np.int64)
         self.full_pages = np.zeros(count, np.int64)  # the first so many others may find
+        self.stale = np.zeros(count, bool)  # its pages hold what the model, as it is now, would not compute
         self.pages = np.zeros((count, columns), np.int32)
         self.tokens = np.zeros((count, 64), np.int32)
         self.logprobs = np.zeros((count, 64), np.float32) if with_logprobs else None
@@ -185,6 +186,7 @@ class Rows:
         self.prefill[row] = self.known[row] = self.total[row] = known
         self.computed[row] = self.page_count[row] = self.full_pages[row] = self.in_flight[row] = 0
         self.limit[row] = limit
+        self.stale[row] = False
         self.streaming[row] = request.streaming
         self.sampled[row] = request.sampling.temperature > 0
         self.filtered[row] = request.sampling.filtered

@@ -117,8 +117,7 @@ class Scheduler:
         """What pages hold is worth nothing to requests to come, as the model has changed. Nor is what running requests
         will add to theirs: it depends on what they have."""
         self.pages.forget()
-        running = list(self.row_of.values())
-        self.rows.full_pages[running] = self.rows.pages.shape[1]
+        self.rows.stale[list(self.row_of.values())] = True
 
     def save_all(self) -> None:
         """Copy the running requests' tokens so far into them, for whoever ends them without this scheduler."""
@@ -255,7 +254,8 @@ class Scheduler:
         spare, share, left = SPARE_CELLS, max(1, budget // 2), budget
         coming: set[bytes] = set()
         if self.line:
-            coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in self.prefilling))
+            offering = (row for row in self.prefilling if not r.stale[row])
+            coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
         while left > 0:
             if len(counts) == len(self.prefilling):
                 admitted = self.admission.admit(spare, coming) if len(fresh) < MOST_FRESH else None
