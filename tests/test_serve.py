@@ -179,6 +179,22 @@ class TestAnAnswer:
         assert [choice.text for choice in whole.choices] == streamed == [server.expected(p, 8) for p in prompts]
         assert whole.usage.completion_tokens == 24
 
+    def test_has_as_many_choices_as_asked_for(self, server: Running) -> None:
+        with server.client() as client:
+            settings = {"model": "tiny", "max_tokens": 8, "temperature": 1.5, "seed": 3, "n": 3}
+            whole = client.chat.completions.create(messages=CHAT, **settings)
+            texts = [""] * 6
+            for chunk in client.completions.create(prompt=["a", "b"], stream=True, **settings):
+                texts[chunk.choices[0].index] += chunk.choices[0].text
+            twice = client.completions.create(prompt=["a", "b"], **settings)
+        assert len({choice.message.content for choice in whole.choices}) == 3
+        assert whole.usage.completion_tokens == 24
+        assert whole.usage.prompt_tokens == len(
+            server.tokenizer("<|system|>be brief<|user|>a b<|assistant|>").input_ids
+        )
+        assert [choice.text for choice in twice.choices] == texts
+        assert len(set(texts)) == 6
+
     @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
     def test_ends_before_a_stop_string_of_its_own(self, server: Running, stream: bool) -> None:
         text = server.expected("a b", 40)
@@ -312,7 +328,7 @@ class TestABadRequest:
             ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "at least 1"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "tools": []}, 400, "tools", "not supported"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "temperature": -1}, 400, "temperature", "got -1"),
-            ("chat/completions", {"model": "tiny", "messages": CHAT, "n": 2}, 400, "n", "got 2"),
+            ("chat/completions", {"model": "tiny", "messages": CHAT, "n": 0}, 400, "n", "got 0"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "logprobs": True}, 400, "logprobs", "got True"),
             (
                 "chat/completions",

@@ -109,7 +109,7 @@ class Server:
         except RuntimeError as error:
             raise Refused(503, str(error)) from error
         following.begin(request_ids)
-        answer = (ChatAnswer if isinstance(body, Chat) else CompletionAnswer)(self.name, len(request_ids))
+        answer = (ChatAnswer if isinstance(body, Chat) else CompletionAnswer)(self.name, body.n * len(request_ids))
         if body.stream:
             return Events(self._events(following, answer, body.include_usage), following)
         return await self._whole(request, following, answer)
@@ -143,6 +143,7 @@ class Server:
             )
         return Call(
             prompts,
+            body.n,
             limit,
             () if body.ignore_eos else self._eos_ids,
             self._stop_strings if body.stop is None else tuple(body.stop_strings),

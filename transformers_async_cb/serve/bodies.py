@@ -58,7 +58,7 @@ class Body(_Body):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=128)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -102,6 +102,7 @@ class Body(_Body):
             default_top_k (`int`, *optional*): the generation config's.
         """
         settings: dict[str, Any] = {
+            "num_return_sequences": self.n,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": self.logit_bias,

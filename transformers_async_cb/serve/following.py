@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from ..door import sequence_id
 from ..manager import AsyncBatchingManager
 from ..text import AnswerText
 
 
 class Call(NamedTuple):
-    """What a client asks for, ready for the engine: one answer to each of some prompts."""
+    """What a client asks for, ready for the engine."""
 
     prompts: list[list[int]]
+    n: int  # choices for each prompt
     limit: int  # new tokens
     eos_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
@@ -77,7 +79,8 @@ class Following:
 
     def begin(self, request_ids: list[str]) -> None:
         """Have the results of the requests that were added come here."""
-        for index, request_id in enumerate(request_ids):
+        sequence_ids = [sequence_id(name, number) for name in request_ids for number in range(self._call.n)]
+        for index, request_id in enumerate(sequence_ids):
             text = AnswerText(self._tokenizer, self._call.stop_strings)
             self._choices[request_id] = _Choice(index, text)
             self._manager.register_result_handler(request_id, self._note)
@@ -110,7 +113,9 @@ class Following:
         elif ended:
             reason = "length"
         choice.finished = ended or reason is not None
-        if not ended and choice.finished:  # the text has a stop string that the tokens, as the engine sees them, lack
+        # The text may have a stop string that the tokens lack, as the engine reads them. Where there are several
+        # sequences the id of the first is that of all.
+        if not ended and choice.finished and self._call.n == 1:
             self._manager.cancel_request(output.request_id)
         return News(choice.index, text, reason, error)
 
