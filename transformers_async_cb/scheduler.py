@@ -109,6 +109,7 @@ class Scheduler:
     def preempt_all(self) -> None:
         """Have all tokens of every running request computed again. Nothing may be in flight."""
         for row in list(self.row_of.values()):
+            self.preemptions += 1
             self.rows.phase[row] = Phase.PREEMPTED
             self._forget_prefill(row)
             self._release(row)
