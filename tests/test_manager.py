@@ -869,7 +869,7 @@ class TestFailures:
         outputs = llama.generate_batch(prompts, generation_config=greedy(30), async_batching=own)
         assert [o.generated_tokens for o in outputs.values()] == [generates(p, greedy(30)) for p in prompts]
 
-    @pytest.mark.parametrize("name", ["plan", "retire", "add", "_admit", "_release"])
+    @pytest.mark.parametrize("name", ["plan", "retire", "add", "_chunks", "_release"])
     def test_of_the_scheduler_lose_no_request_either(self, llama, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fail_once(monkeypatch, Scheduler, name, 3)
         manager = new_manager(llama, greedy(20))
