@@ -1,6 +1,7 @@
 """Both attention backends against softmax attention over each sequence's own keys, written out."""
 
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,7 +19,11 @@ PAGE_SIZE = 16
 DECODE = [(0, 1), (5, 1), (15, 1), (16, 1), (100, 1), (333, 1)]
 MIXED = [(40, 1), (129, 1), (0, 2), (0, 77), (31, 33), (64, 1), (250, 40)]
 
+# Query heads, key heads, and the dimensions of their keys and values.
 SHAPES = [(4, 4, 16, 16), (4, 2, 32, 32), (6, 2, 24, 24), (8, 1, 64, 64), (4, 2, 32, 16)]
+
+# Dimensions for which other tiles are chosen.
+UNUSUAL = [(2, 1, 512, 512), (4, 4, 192, 128)]
 
 
 def make_case(sequences, shape, padding, seed, programs=20, device="cpu", dtype=torch.float32):
@@ -74,30 +79,57 @@ def make_case(sequences, shape, padding, seed, programs=20, device="cpu", dtype=
     return tuple(map(move, (query, key, value, keys, values))), Step(*map(move, step)), own
 
 
-def expected(query, own, sequences, scaling, window):
+class Ask(NamedTuple):
+    """What a layer asks for beyond causal attention."""
+
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+CAUSAL = Ask()
+ASKS = [Ask(chunk=24), Ask(softcap=2.0), Ask(sinks=True), Ask(window=7, softcap=30.0, sinks=True)]
+
+
+def sinks_of(shape, ask):
+    """One above what a head's scores are, one below."""
+    return torch.linspace(-4, 4, shape[0]) if ask.sinks else None
+
+
+def expected(query, own, sequences, scaling, ask, sinks):
     """Softmax attention in float64, one token at a time."""
     out, t = [], 0
     for (context, count), (k, v) in zip(sequences, own, strict=True):
         for i in range(count):
             last = context + i + 1
-            first = max(0, last - window) if window else 0
+            first = max(0, last - ask.window) if ask.window else 0
+            if ask.chunk:
+                first = (last - 1) // ask.chunk * ask.chunk
             group = query.shape[1] // k.shape[1]
             ks = k[first:last].double().repeat_interleave(group, 1)
             vs = v[first:last].double().repeat_interleave(group, 1)
-            weights = torch.einsum("hd,nhd->hn", query[t].double(), ks).mul(scaling).softmax(-1)
+            scores = torch.einsum("hd,nhd->hn", query[t].double(), ks).mul(scaling)
+            if ask.softcap:
+                scores = scores.div(ask.softcap).tanh().mul(ask.softcap)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks.double()[:, None]], 1)
+            weights = scores.softmax(-1)[:, : len(ks)]
             out.append(torch.einsum("hn,nhd->hd", weights, vs))
             t += 1
     return torch.stack(out)
 
 
-def check(backend, sequences, shape, window, padding, device="cpu", dtype=torch.float32, tolerance=2e-6):
+def check(backend, sequences, shape, ask, padding, device="cpu", dtype=torch.float32, tolerance=2e-6):
     (query, key, value, keys, values), step, own = make_case(
         sequences, shape, padding, seed=1, device=device, dtype=dtype
     )
     scaling = shape[2] ** -0.5
-    out = backend.attend(query, key, value, keys, values, step, scaling, window)
+    sinks = sinks_of(shape, ask)
+    given = None if sinks is None else sinks.to(device)
+    out = backend.attend(query, key, value, keys, values, step, scaling, ask.window, ask.chunk, ask.softcap, given)
     tokens = sum(n for _, n in sequences)
-    want = expected(query.cpu(), [(k.to(dtype), v.to(dtype)) for k, v in own], sequences, scaling, window)
+    want = expected(query.cpu(), [(k.to(dtype), v.to(dtype)) for k, v in own], sequences, scaling, ask, sinks)
     error = (out[:tokens].cpu().double() - want).norm() / want.norm()
     assert error < tolerance
     assert not step.counters.any()
@@ -110,25 +142,25 @@ def check(backend, sequences, shape, window, padding, device="cpu", dtype=torch.
 
 @pytest.mark.parametrize("sequences", [DECODE, MIXED], ids=["decode", "mixed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("window", [0, 7, 64])
-def test_the_reference_is_softmax_attention_over_each_sequence(sequences, shape, window):
-    check(reference, sequences, shape, window, padding=3)
+@pytest.mark.parametrize("ask", [CAUSAL, Ask(window=7), Ask(window=64), *ASKS], ids=str)
+def test_the_reference_is_softmax_attention_over_each_sequence(sequences, shape, ask):
+    check(reference, sequences, shape, ask, padding=3)
 
 
 def test_the_triton_backend_is_softmax_attention_over_each_sequence():
-    assert run_in_interpreter(__file__).split()[-1] == "checked:20"
+    assert run_in_interpreter(__file__).split()[-1] == "checked:30"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sequences", [DECODE, MIXED, DECODE * 60], ids=["decode", "mixed", "many"])
-@pytest.mark.parametrize("shape", [*SHAPES[1:3], SHAPES[4], (32, 8, 128, 128), (16, 1, 256, 256)], ids=str)
-@pytest.mark.parametrize("window", [0, 64])
+@pytest.mark.parametrize("shape", [*SHAPES[1:3], SHAPES[4], (32, 8, 128, 128), (16, 1, 256, 256), *UNUSUAL], ids=str)
+@pytest.mark.parametrize("ask", [CAUSAL, Ask(window=64), *ASKS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_triton_on_the_gpu_is_softmax_attention(sequences, shape, window, dtype):
+def test_triton_on_the_gpu_is_softmax_attention(sequences, shape, ask, dtype):
     from transformers_async_cb.attention import triton
 
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
-    check(triton, sequences, shape, window, padding=5, device="cuda", dtype=dtype, tolerance=tolerance)
+    check(triton, sequences, shape, ask, padding=5, device="cuda", dtype=dtype, tolerance=tolerance)
 
 
 def test_the_reference_is_what_runs_where_there_is_no_cuda():
@@ -140,7 +172,9 @@ def test_the_reference_is_what_runs_where_there_is_no_cuda():
 if __name__ == "__main__":
     from transformers_async_cb.attention import triton
 
-    cases = [(s, shape, w) for s in (DECODE, MIXED) for shape in SHAPES for w in (0, 64)]
-    for case_sequences, case_shape, case_window in cases:
-        check(triton, case_sequences, case_shape, case_window, padding=3)
+    cases = [(s, shape, ask) for s in (DECODE, MIXED) for shape in SHAPES for ask in (CAUSAL, Ask(window=64))]
+    cases += [(s, SHAPES[2], ask) for s in (DECODE, MIXED) for ask in ASKS]
+    cases += [(MIXED, shape, CAUSAL) for shape in UNUSUAL]
+    for case_sequences, case_shape, case_ask in cases:
+        check(triton, case_sequences, case_shape, case_ask, padding=3)
     print(f"checked:{len(cases)}")

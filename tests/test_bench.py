@@ -82,7 +82,8 @@ class TestTheLimit:
         assert many == pytest.approx(cost.weight_bytes + cost.expert_bytes)
 
     def test_is_not_known_of_a_model_that_is_not(self) -> None:
-        model = new_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+        model = new_model("llama")
+        model.model.layers[0].self_attn.is_causal = False
         assert bench.limit_seconds(model, Workload(1, (4, 4), (4, 4)), READING) is None
 
     def test_leaves_the_model_as_it_was(self) -> None:

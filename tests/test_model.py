@@ -15,6 +15,7 @@ from conftest import (
     FAMILIES,
     POSITIONS,
     VOCABULARY,
+    batching,
     engine_threads,
     generate_alone,
     greedy,
@@ -320,8 +321,46 @@ _BERT = {
     "max_position_embeddings": POSITIONS, "pad_token_id": 0,
 }  # fmt: skip
 
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+# Attention that is more than causal or in windows: capped scores, sinks, chunks (and a temperature by positions that
+# the model counts itself), values of other dimensions than keys, modules that attend twice.
+_CAPPED = ("Gemma2ForCausalLM", _USUAL | {"head_dim": 16, "attn_logit_softcapping": 5.0, "sliding_window": 8})
+_SINKS = ("GptOssForCausalLM", _USUAL | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8})
+_CHUNKED = (
+    "Llama4ForCausalLM",
+    _USUAL
+    | {
+        "head_dim": 16,
+        "attention_chunk_size": 8,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+        "num_hidden_layers": 4,
+        "floor_scale": 4,
+    },
+)
+_TWICE = ("DiffLlamaForCausalLM", _USUAL)  # fmt: skip
+_SHARED = ("Gemma3nForCausalLM", _USUAL | {
+    "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 6, "num_kv_shared_layers": 2, "altup_num_inputs": 2,
+    "laurel_rank": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+    "activation_sparsity_pattern": [0.0] * 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+})  # fmt: skip
+
 # Each is expected to run, and to answer what `generate` does.
 RUNS = [
+    _CAPPED,
+    _SINKS,
+    _CHUNKED,
+    _TWICE,
+    _SHARED,
+    ("DeepseekV3ForCausalLM", _USUAL | _LATENT),
+    ("HrmTextForCausalLM", _USUAL),
+    ("LlamaForCausalLM", _USUAL | {"max_position_embeddings": 64, "rope_parameters": _DYNAMIC}),
     ("GemmaForCausalLM", _USUAL | {"head_dim": 16}),
     ("Gemma2ForCausalLM", _USUAL | {"head_dim": 16, "attn_logit_softcapping": None, "sliding_window": 8}),
     ("Gemma3ForCausalLM", _USUAL | {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7}),
@@ -351,8 +390,6 @@ RUNS_OR_IS_REFUSED = [
     ("MptForCausalLM", {"n_layers": 2, "n_heads": 4, "d_model": 64, "max_seq_len": POSITIONS}),
     ("FalconForCausalLM", _USUAL | {"alibi": True, "new_decoder_architecture": False}),
     ("FalconForCausalLM", _USUAL | {"alibi": False}),
-    ("Gemma2ForCausalLM", _USUAL | {"head_dim": 16, "attn_logit_softcapping": 5.0, "sliding_window": 8}),
-    ("GptOssForCausalLM", _USUAL | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8}),
     ("MambaForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     ("Mamba2ForCausalLM", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 16,
                            "n_groups": 1, "chunk_size": 8}),
@@ -361,8 +398,6 @@ RUNS_OR_IS_REFUSED = [
     ("JambaForCausalLM", _USUAL | {"num_hidden_layers": 8, "mamba_d_state": 8, "num_experts": 2}),
     ("Lfm2ForCausalLM", _USUAL | {"num_hidden_layers": 4, "full_attn_idxs": [1, 3]}),
     ("RecurrentGemmaForCausalLM", _USUAL | {"num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 8}),
-    ("Llama4ForCausalLM", _USUAL | {"head_dim": 16, "attention_chunk_size": 8, "num_local_experts": 2,
-                                    "intermediate_size_mlp": 96, "num_hidden_layers": 4}),
     ("GPTJForCausalLM", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "rotary_dim": 8}),
     ("GPTNeoForCausalLM", {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "window_size": 8,
                            "attention_types": [[["global", "local"], 1]], "max_position_embeddings": POSITIONS}),
@@ -384,12 +419,6 @@ RUNS_OR_IS_REFUSED = [
                                                              "num_attention_heads": 2, "image_size": 28,
                                                              "patch_size": 14},
                                            "image_token_index": 1000, "projection_dim": 64}),
-    # Their rotary frequencies depend on the longest sequence of the batch.
-    ("LlamaForCausalLM", _USUAL | {"max_position_embeddings": 32, "rope_parameters": {
-        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
-    ("Phi3ForCausalLM", _USUAL | {"pad_token_id": 0, "original_max_position_embeddings": 16, "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
-        "original_max_position_embeddings": 16}}),
     ("DeepseekV32ForCausalLM", _USUAL | _LATENT | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}),
     ("TrOCRForCausalLM", _DECODER_OF_TWO),
     ("XGLMForCausalLM", {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "pad_token_id": 0}),
@@ -399,8 +428,6 @@ RUNS_OR_IS_REFUSED = [
     ("ElectraForCausalLM", _BERT | {"embedding_size": 64}),
     ("MixtralForCausalLM", _USUAL | {"num_local_experts": 4, "sliding_window": 8}),
     ("Qwen3MoeForCausalLM", _USUAL | _MOE | {"head_dim": 16}),
-    ("DeepseekV3ForCausalLM", _USUAL | _LATENT),
-    ("DiffLlamaForCausalLM", _USUAL),
     ("ModernBertDecoderForCausalLM", _USUAL | {"local_attention": 16, "pad_token_id": 0, "bos_token_id": 1,
                                                "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}),
     ("PersimmonForCausalLM", _USUAL),
@@ -471,6 +498,56 @@ class TestArchitectures:
         else:
             self.check(model, found, answers)
         assert model.config._attn_implementation != "async_batching"
+
+    @pytest.mark.parametrize("name, settings", [case(*one) for one in (_CAPPED, _SINKS, _CHUNKED, _TWICE)])
+    @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
+    def test_of_unusual_attention_go_on_after_a_preemption(
+        self, name: str, settings: dict[str, Any], overlap: bool
+    ) -> None:
+        model = build(name, **settings)
+        answers = self.answers(model)
+        manager = model.init_continuous_batching(
+            greedy(10),
+            continuous_batching_config=batching(num_blocks=14, page_size=4, max_batch_tokens=20),
+            async_batching=AsyncBatchingConfig(debug=True, overlap=overlap),
+        )
+        request_ids = manager.add_requests(self.PROMPTS)
+        manager.start()
+        found = {output.request_id: output.generated_tokens for output in (manager.get_result() for _ in request_ids)}
+        engine = manager._engine
+        manager.stop()
+        self.check(model, [found[request_id] for request_id in request_ids], answers)
+        assert engine.scheduler.preemptions > 0
+
+    def test_whose_layers_share_keys_and_values_keep_them_once(self) -> None:
+        model = build(_SHARED[0], **_SHARED[1])
+        manager = model.init_continuous_batching(greedy(3), async_batching=True)
+        manager.warmup()
+        layers = manager._engine.runner.layers
+        manager.destroy()
+        own = {pages.data_ptr() for layer in layers.values() for pages in layer}
+        assert len(layers) == 6
+        assert len(own) == 2 * 4
+
+    def test_that_count_positions_by_the_place_in_a_batch_are_refused(self, model) -> None:
+        rotary = model.model.rotary_emb
+        forward = rotary.forward
+        rotary.forward = lambda x, position_ids: forward(x, torch.arange(x.shape[1], device=x.device)[None])
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM .* counts positions itself"):
+            batch(model)
+
+    def test_with_frequencies_that_change_with_the_length_answer_up_to_there(self) -> None:
+        model = build(
+            "Phi3ForCausalLM", **_USUAL, pad_token_id=0, original_max_position_embeddings=64, rope_parameters=_LONGROPE
+        )
+        answers = self.answers(model)
+        self.check(model, self.found(model), answers)
+        prompt = random_prompts(1, shortest=56, longest=56)[0]
+        output = model.generate_batch([prompt], generation_config=greedy(20), async_batching=True)["req_0"]
+        assert output.generated_tokens == generate_alone(model, prompt, greedy(9))
+        assert "reached the longest sequence there is room for, 64 positions" in output.error
+        with pytest.raises(ValueError, match="65 tokens, more than the 64 positions up to which the model's rotary"):
+            batch(model, [prompt + prompt[:9]])
 
     def test_that_encode_and_decode_are_refused(self) -> None:
         config = transformers.T5Config(

@@ -72,7 +72,7 @@ def _cache(
     cuda: bool,
 ) -> Choice:
     tokens = settings.pages * settings.page_size
-    gib = tokens * sum(shape.bytes_per_token for shape in shapes) / 2**30
+    gib = tokens * sum(shape.kept_per_token for shape in shapes) / 2**30
     if batching.num_blocks is not None:
         reason = "num_blocks, as set"
     elif settings.pages < settings.page_limit:

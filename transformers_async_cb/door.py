@@ -74,7 +74,7 @@ class Door:
         self._grammars: Grammars | None = None  # of the tokenizer that a grammar needed last
         self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
         self._vocabulary = loan.vocabulary
-        self._learned_positions = loan.learned_positions()
+        self._position_limit, self._limited_to = loan.position_limit()
         self._stated_positions = loan.stated_positions
         self._seed = seed
         self._counter = 0
@@ -366,10 +366,9 @@ class Door:
         if tokens.min() < 0 or tokens.max() >= self._vocabulary:
             wrong = tokens[(tokens < 0) | (tokens >= self._vocabulary)][0]
             raise ValueError(f"{name}: token id {wrong} is outside the vocabulary, 0 to {self._vocabulary - 1}")
-        if self._learned_positions is not None and len(tokens) > self._learned_positions:
+        if self._position_limit is not None and len(tokens) > self._position_limit:
             raise ValueError(
-                f"{name}: the prompt has {len(tokens)} tokens, more than the {self._learned_positions} positions that "
-                "the model has learned"
+                f"{name}: the prompt has {len(tokens)} tokens, more than the {self._position_limit} {self._limited_to}"
             )
         return tokens.astype(np.int32)
 

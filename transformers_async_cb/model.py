@@ -10,7 +10,8 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from . import attention
-from .attention import LayerShape, PagedLayer
+from .attention import Attached, LayerShape, PagedLayer, Place
+from .attention.positions import TokensBefore
 from .attention.probe import NAME as PROBE
 from .attention.probe import probing
 from .linear import Products, noting_inputs
@@ -21,6 +22,9 @@ _NOT_WORTH_COMPILING = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.Mod
 
 # Attributes in which PEFT keeps what its layers do.
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+# Tokens of the trial run.
+_TRIAL_TOKENS = 40
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -42,10 +46,13 @@ class ModelLoan:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._counts_from_cache = getattr(model.config.get_text_config(), "attn_temperature_tuning", False)
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._training: dict[nn.Module, bool] = {}
         self._configs: list[tuple[nn.Module, str, PreTrainedConfig]] = []
         self._layers: list[nn.Module] = []
+        self._attend_again: set[nn.Module] = set()
+        self._shapes: dict[Place, LayerShape] = {}
         self._compiled: dict[nn.Module, object] = {}  # and what they were before
         self._compiled_calls: dict[nn.Module, object] = {}  # made once: it takes a while to make them
         self._products: Products | None = None
@@ -63,11 +70,6 @@ class ModelLoan:
             raise ValueError(
                 f"{name} counts positions itself (it takes no position_ids), async_batching packs sequences"
             )
-        if kinds := _rotary_kinds(model.config.get_text_config(decoder=True)) & {"dynamic", "longrope"}:
-            raise ValueError(
-                f"{name} has rotary frequencies of the kind {kinds.pop()!r}: they depend on the longest sequence of a "
-                "batch, and async_batching would give other tokens than generate"
-            )
         devices = {str(p.device) for p in model.parameters()}
         if len(devices) > 1:
             raise ValueError(f"{name} is spread over {sorted(devices)}, async_batching needs it on one device")
@@ -83,7 +85,15 @@ class ModelLoan:
         """The longest sequence that the config states."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    def learned_positions(self) -> int | None:
+    def position_limit(self) -> tuple[int | None, str]:
+        """Positions that a sequence may have, `None` if as many as there is room for, and what they are."""
+        learned = self._learned_positions()
+        alike = _alike_positions(self.model.config.get_text_config(decoder=True))
+        if alike is None or (learned is not None and learned <= alike):
+            return learned, "positions that the model has learned"
+        return alike, "positions up to which the model's rotary frequencies are the same"
+
+    def _learned_positions(self) -> int | None:
         """How many positions the model has embeddings for, `None` if it computes them."""
         stated = self.stated_positions
         if stated is None:
@@ -133,32 +143,39 @@ class ModelLoan:
         if self._products is not None:
             self._products.remove()
         for module in self._layers:
-            delattr(module, attention.ATTRIBUTE)
+            for name in (attention.ATTRIBUTE, attention.TURN):
+                vars(module).pop(name, None)
         for module, name, config in self._configs:
             setattr(module, name, config)
         for module, training in self._training.items():
             module.training = training
         self._layers.clear()
+        self._attend_again.clear()
         self._configs.clear()
         self._training.clear()
 
     @torch.no_grad()
-    def probe(self) -> dict[nn.Module, LayerShape]:
-        """Run two tokens through the borrowed model, see which modules attend, with what shapes, and that outside of
-        attention no token sees another (as in recurrent layers and convolutions it would).
+    def probe(self) -> dict[Place, LayerShape]:
+        """Run a few tokens through the borrowed model, see which modules attend, with what shapes, and that outside of
+        attention a token's own id and position are all that counts: with other tokens before it, or fewer, what the
+        last one asks of attention stays the same (in recurrent layers and convolutions it would not, nor where
+        positions are counted).
 
         Raises:
             ValueError: the model asks for something that is not supported.
         """
         name, device = type(self.model).__name__, self.model.device
-        positions = torch.arange(2, device=device)[None]
+        count = min(_TRIAL_TOKENS, self.stated_positions or _TRIAL_TOKENS)
+        positions = torch.arange(count, device=device)[None]
         seen = []
         self.separate_products()
         self.model.set_attn_implementation(PROBE)
         try:
-            for first in (0, 1):
+            for first, chosen in ((0, positions), (1, positions[:, -2:])):
+                ids = torch.tensor([[first] * (chosen.shape[1] - 1) + [0]], device=device)
+                last = torch.tensor([chosen.shape[1] - 1], device=device)
                 with probing() as probe, noting_inputs(self.model) as groups:
-                    logits = self.forward(torch.tensor([[first, 0]], device=device), positions, positions[0, 1:])
+                    logits = self.forward(ids, chosen, last)
                 seen.append([*probe.inputs, logits])
         except NotImplementedError as error:
             raise ValueError(f"{name} is not supported by async_batching yet: {error}") from error
@@ -169,32 +186,41 @@ class ModelLoan:
             ) from error
         finally:
             self.model.set_attn_implementation(attention.NAME)
-        stated = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        if len(probe.shapes) != stated:
+        if not probe.shapes:
             raise ValueError(
-                f"{name} has {stated} layers of which {len(probe.shapes)} attend through AttentionInterface, "
-                "async_batching needs all of them to"
+                f"{name} has no layer that attends through AttentionInterface, which async_batching needs"
             )
-        for layer, window in zip(DynamicCache(config=self.model.config).layers, probe.windows, strict=False):
-            if (kept := getattr(layer, "sliding_window", None)) is not None and kept != window:
+        kept = DynamicCache(config=self.model.config).layers
+        for i, (place, shape) in enumerate(probe.shapes.items()):
+            layer = getattr(place.module, "layer_idx", None)
+            layer = i if layer is None else layer
+            forgets = getattr(kept[layer], "sliding_window", None) if layer < len(kept) else None
+            if forgets not in (None, shape.window or shape.chunk):
                 raise ValueError(
-                    f"{name} generates with a cache that forgets all but {kept} tokens, which its attention does not "
-                    "ask for: async_batching would give other tokens than generate"
+                    f"{name} generates with a cache that forgets all but {forgets} tokens, which its attention does "
+                    "not ask for: async_batching would give other tokens than generate"
                 )
         for one, other in zip(*seen, strict=True):
             close = 1e-4 if one.dtype == torch.float32 else 2e-2
             if (one.float() - other.float()).norm() > close * one.float().norm():
                 raise ValueError(
-                    f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), which "
-                    "async_batching does not support yet"
+                    f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), or "
+                    "counts positions itself, which async_batching does not support yet"
                 )
         self._products = Products(self.model, groups)
+        self._shapes = probe.shapes
         return probe.shapes
 
-    def attach(self, layers: dict[nn.Module, PagedLayer]) -> None:
-        for module, layer in layers.items():
-            setattr(module, attention.ATTRIBUTE, layer)
-            self._layers.append(module)
+    def attach(self, layers: dict[Place, PagedLayer]) -> None:
+        for place, layer in layers.items():
+            shape = self._shapes[place]
+            attached = Attached(*layer, shape.window, shape.chunk)
+            if place.turn == 0:
+                self._layers.append(place.module)
+                setattr(place.module, attention.ATTRIBUTE, (attached,))
+            else:
+                self._attend_again.add(place.module)
+                setattr(place.module, attention.ATTRIBUTE, (*getattr(place.module, attention.ATTRIBUTE), attached))
 
     def fuse_products(self) -> None:
         """Compute products that read the same tensor as one, until the model is given back. Their weights move to
@@ -275,16 +301,26 @@ class ModelLoan:
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of the packed tokens at `keep` `[R]`; `ids` and `positions` are `[1, T]`."""
         kept = {"logits_to_keep": keep} if self.takes_logits_to_keep else {}
+        if self._counts_from_cache:
+            kept["past_key_values"] = TokensBefore(positions)
+        for module in self._attend_again:
+            setattr(module, attention.TURN, 0)
         logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits[0]
-        return logits if kept else logits[keep]
+        return logits if self.takes_logits_to_keep else logits[keep]
 
 
-def _rotary_kinds(config: PreTrainedConfig) -> set[str]:
-    """Values of `rope_type` in a config, which may state one set of parameters or one for each kind of layer."""
-    kinds, todo = set(), [getattr(config, "rope_parameters", None)]
+def _alike_positions(config: PreTrainedConfig) -> int | None:
+    """Positions for which the rotary frequencies do not depend on the longest sequence of a batch, `None` for all: a
+    config may state one set of parameters, or one for each kind of layer."""
+    limits, todo = [], [getattr(config, "rope_parameters", None)]
     while todo:
         parameters = todo.pop()
-        if isinstance(parameters, dict):
-            kinds |= {parameters.get("rope_type")}
-            todo += parameters.values()
-    return kinds
+        if not isinstance(parameters, dict):
+            continue
+        kind = parameters.get("rope_type")
+        if kind == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif kind == "longrope":
+            limits.append(parameters["original_max_position_embeddings"])
+        todo += parameters.values()
+    return min(limits, default=None)

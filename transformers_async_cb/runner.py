@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .attention import LayerShape, PagedLayer, Step, computing
+from .attention import LayerShape, PagedLayer, Place, Step, computing
 from .compiling import compiling
 from .gpu import side_by_side
 from .grammars import mask_words
@@ -62,9 +62,7 @@ class Runner:
         settings (`EngineSettings`): every size.
     """
 
-    def __init__(
-        self, loan: ModelLoan, shapes: dict[torch.nn.Module, LayerShape], rows: Rows, settings: EngineSettings
-    ) -> None:
+    def __init__(self, loan: ModelLoan, shapes: dict[Place, LayerShape], rows: Rows, settings: EngineSettings) -> None:
         self.loan = loan
         self.device = loan.model.device
         self.rows = rows
@@ -102,7 +100,7 @@ class Runner:
         self._shapes = shapes
         self._pages = settings.pages
         self._debug = settings.debug
-        self.layers: dict[torch.nn.Module, PagedLayer] = {}
+        self.layers: dict[Place, PagedLayer] = {}
         self.take_pages()
         self._baked_in: list = []
 
@@ -110,17 +108,9 @@ class Runner:
         """Allocate the pages, if they are not there."""
         if self.layers:
             return
-        layers = {
-            module: PagedLayer(
-                *(
-                    torch.empty(
-                        self._pages + 1, self.page_size, shape.kv_heads, dim, dtype=shape.dtype, device=self.device
-                    )
-                    for dim in (shape.key_dim, shape.value_dim)
-                )
-            )
-            for module, shape in self._shapes.items()
-        }
+        layers: dict[Place, PagedLayer] = {}
+        for place, layer in self._shapes.items():
+            layers[place] = self._new_layer(layer) if layer.source is None else layers[layer.source]
         for layer in layers.values():
             for storage in (layer.key_pages, layer.value_pages):
                 if self._debug:
@@ -134,6 +124,11 @@ class Runner:
         self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the memory of graphs is nobody else's until then
+
+    def _new_layer(self, layer: LayerShape) -> PagedLayer:
+        like = {"dtype": layer.dtype, "device": self.device}
+        size = (self._pages + 1, self.page_size, layer.kv_heads)
+        return PagedLayer(*(torch.empty(*size, dim, **like) for dim in (layer.key_dim, layer.value_dim)))
 
     def attach(self) -> bool:
         """Give the model's layers their pages. Weights that have moved since the last time, hooks that have come or

@@ -310,10 +310,10 @@ def resolve_engine(
     """
     device = loan.model.device
     cuda = device.type == "cuda"
-    learned_positions = loan.learned_positions()
+    position_limit, _ = loan.position_limit()
     stated = stated_page_size(batching)
     page_size = PAGE_SIZE if stated == THEIR_PAGE_SIZE else stated
-    page_bytes = page_size * sum(shape.bytes_per_token for shape in shapes)
+    page_bytes = page_size * sum(shape.kept_per_token for shape in shapes)
     if batching.num_blocks is not None:
         pages = page_limit = batching.num_blocks * stated // page_size
     else:
@@ -339,7 +339,7 @@ def resolve_engine(
         row_limit=row_limit,
         token_budget=token_budget,
         columns=columns,
-        max_tokens=min(columns * page_size, learned_positions or columns * page_size),
+        max_tokens=min(columns * page_size, position_limit or columns * page_size),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
         fused=cuda if own.fuse_projections is None else own.fuse_projections,

@@ -37,6 +37,13 @@ class Step(NamedTuple):
     decode_only: bool  # one token a sequence
 
 
+class Place(NamedTuple):
+    """A place in the forward pass where attention is called: nearly always, one for each module that attends."""
+
+    module: nn.Module
+    turn: int  # how often the module has attended before in the same pass
+
+
 class LayerShape(NamedTuple):
     """What the cache needs to know of one attention layer."""
 
@@ -44,10 +51,19 @@ class LayerShape(NamedTuple):
     key_dim: int
     value_dim: int
     dtype: torch.dtype
+    window: int = 0  # a token attends to so many, itself included; 0: to all before it
+    chunk: int = 0  # a token attends to those from the last multiple of this on; 0: to all before it
+    source: Place | None = None  # an earlier one with the very same keys and values, whose pages serve for both
 
     @property
     def bytes_per_token(self) -> int:
+        """That it attends to."""
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+    @property
+    def kept_per_token(self) -> int:
+        """Bytes of the cache that are its own."""
+        return self.bytes_per_token if self.source is None else 0
 
 
 class PagedLayer(NamedTuple):
@@ -57,14 +73,24 @@ class PagedLayer(NamedTuple):
     value_pages: torch.Tensor  # [pages, page_size, kv_heads, value_dim]
 
 
+class Attached(NamedTuple):
+    """What a call of attention finds at its module."""
+
+    key_pages: torch.Tensor
+    value_pages: torch.Tensor
+    window: int
+    chunk: int
+
+
 # What a thread of the user's is told that calls the model meanwhile.
 ON_LOAN = (
     "this model is generating with async_batching and cannot be called from elsewhere meanwhile: "
     "stop the manager first"
 )
 
-# Where the module that attends finds its `PagedLayer`.
-ATTRIBUTE = "_async_batching_layer"
+# Where the module that attends finds an `Attached` for each of its turns, and counts these if there are several.
+ATTRIBUTE = "_async_batching_layers"
+TURN = "_async_batching_turn"
 
 
 class _Computing(threading.local):
@@ -98,29 +124,38 @@ def attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with `AttentionInterface`.
 
-    What else a model may hand over, `probe.py` has looked at: nothing here is ignored that matters.
+    What else a model may hand over, `probe.py` has looked at: nothing here is ignored that matters. Windows and chunks
+    are what it found the model's masks to be.
 
     Args:
         query (`torch.Tensor`): `[1, heads, T, key_dim]`.
         key (`torch.Tensor`): `[1, kv_heads, T, key_dim]`.
         value (`torch.Tensor`): `[1, kv_heads, T, value_dim]`.
+        softcap (`float`, *optional*): see `paged_attention`.
+        s_aux (`torch.Tensor`, *optional*): the sinks, see `paged_attention`.
 
     Returns:
         `[1, T, heads, value_dim]`, and no weights.
     """
-    layer = getattr(module, ATTRIBUTE, None)
-    if layer is None:
+    turns = getattr(module, ATTRIBUTE, None)
+    if turns is None:
         raise RuntimeError(ON_LOAN)
+    attached = turns[0]
+    if len(turns) > 1:
+        turn = getattr(module, TURN)
+        setattr(module, TURN, (turn + 1) % len(turns))
+        attached = turns[turn]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     out = paged_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), *layer,
-        scaling, sliding_window or 0,
+        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        attached.key_pages, attached.value_pages, scaling, attached.window, attached.chunk, softcap or 0.0, s_aux,
     )  # fmt: skip
     return out[None], None
 
@@ -140,7 +175,10 @@ def paged_attention(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     scaling: float,
-    sliding_window: int,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write the keys and values of `T` packed tokens to their pages, then attend causally over each sequence.
 
@@ -153,7 +191,11 @@ def paged_attention(
         value (`torch.Tensor`): `[T, kv_heads, value_dim]`.
         key_pages (`torch.Tensor`), value_pages (`torch.Tensor`): see `PagedLayer`; written.
         scaling (`float`): factor on the scores.
-        sliding_window (`int`): each token attends to so many, itself included; 0 for all before it.
+        window (`int`): each token attends to so many, itself included; 0 for all before it.
+        chunk (`int`): each token attends to those from the last multiple of this on; 0 for all before it. Not both.
+        softcap (`float`): bound on the scores, which become `softcap * tanh(score / softcap)`; 0 for none.
+        sinks (`torch.Tensor`, *optional*): `[heads]`, a score for each head that takes its share of the weights and
+            adds nothing (https://arxiv.org/abs/2309.17453).
 
     Returns:
         `[T, heads, value_dim]`; what padding tokens get is not defined.
@@ -162,7 +204,7 @@ def paged_attention(
         RuntimeError: the calling thread computes no step.
     """
     step, backend = current_step()
-    return backend.attend(query, key, value, key_pages, value_pages, step, scaling, sliding_window)
+    return backend.attend(query, key, value, key_pages, value_pages, step, scaling, window, chunk, softcap, sinks)
 
 
 @paged_attention.register_fake

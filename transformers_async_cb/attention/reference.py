@@ -30,7 +30,10 @@ def attend(
     value_pages: torch.Tensor,
     step: Step,
     scaling: float,
-    sliding_window: int,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sequences with as many new tokens are computed together: their pages gathered, padded to the longest."""
     write_pages(key, value, key_pages, value_pages, step)
@@ -49,14 +52,42 @@ def attend(
         beyond = at >= step.lengths[chosen][:, None]  # [n, longest]: not written yet, or another's
         positions = step.positions[tokens][:, :, None]  # [n, count, 1]
         seen = at <= positions
-        if sliding_window:
-            seen &= at > positions - sliding_window
+        if window:
+            seen &= at > positions - window
+        if chunk:
+            seen &= at >= positions - positions % chunk
         keys, values = (
             pages[table].flatten(1, 2)[:, :longest].masked_fill(beyond[:, :, None, None], 0).transpose(1, 2)
             for pages in (key_pages, value_pages)
         )
-        result = F.scaled_dot_product_attention(
-            query[tokens].transpose(1, 2), keys, values, attn_mask=seen[:, None], scale=scaling, enable_gqa=True
-        )
+        queries = query[tokens].transpose(1, 2)
+        if softcap or sinks is not None:
+            result = _softmax_attention(queries, keys, values, seen[:, None], scaling, softcap, sinks)
+        else:
+            result = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=seen[:, None], scale=scaling, enable_gqa=True
+            )
         out[tokens] = result.transpose(1, 2)
     return out
+
+
+def _softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """What torch's own attention does, and scores that are capped, and sinks."""
+    heads = query.shape[1]
+    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        sinks = sinks.float()[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    return scores.softmax(-1)[..., : key.shape[2]].to(value.dtype) @ value

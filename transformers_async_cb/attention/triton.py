@@ -15,7 +15,7 @@ from ..inputs import MOST_PARTS
 if TYPE_CHECKING:
     from . import Step
 
-_LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class _Tile(NamedTuple):
@@ -27,9 +27,9 @@ class _Tile(NamedTuple):
 
 
 # Many small programs: on an H200 one warp reads 4.1 TB/s at 512 sequences of 600 tokens, four with 64 keys 3.6.
-# The wide ones are for heads of more than 128, or float32.
-_DECODE, _DECODE_WIDE = _Tile(32, 1, 3), _Tile(32, 4, 2)
-_PREFILL, _PREFILL_WIDE = _Tile(32, 4, 3), _Tile(32, 4, 2)
+# The wide ones are for heads of more than 128, or float32; the widest are what a multiprocessor has room for.
+_DECODE, _PREFILL = _Tile(32, 1, 3), _Tile(32, 4, 3)
+_WIDE, _WIDEST = _Tile(32, 4, 2), _Tile(16, 4, 1)
 
 
 def attend(
@@ -40,7 +40,10 @@ def attend(
     value_pages: torch.Tensor,
     step: Step,
     scaling: float,
-    sliding_window: int,
+    window: int = 0,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sequences with one new token go through the decode kernel, the others through the prefill kernel; both run in a
     mixed step, and each leaves the other's sequences alone. A step that only decodes is one kernel: it also writes the
@@ -49,44 +52,60 @@ def attend(
     _, page_size, kv_heads, value_dim = value_pages.shape
     sequences = step.rows.shape[0]
     group = heads // kv_heads
+    sinks = None if sinks is None else sinks.contiguous()
     if not step.decode_only:
         _write_pages(key, value, key_pages, value_pages, step)
     out = query.new_empty(tokens, heads, value_dim)
-    wide = query.element_size() == 4 or key_dim > 128
+    key_block, value_block = (max(16, triton.next_power_of_2(dim)) for dim in (key_dim, value_dim))
+    decode, prefill, most_queries = _tiles(max(key_block, value_block), query.element_size())
     shared = {
         "PAGE_SIZE": page_size,
         "GROUP": group,
         "KEY_DIM": key_dim,
         "VALUE_DIM": value_dim,
-        "KEY_BLOCK": max(16, triton.next_power_of_2(key_dim)),
-        "VALUE_BLOCK": max(16, triton.next_power_of_2(value_dim)),
-        "WINDOW": sliding_window,
+        "KEY_BLOCK": key_block,
+        "VALUE_BLOCK": value_block,
+        "WINDOW": window,
+        "CHUNK": chunk,
+        "SOFTCAP": softcap * _LOG2_E.value,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     layout = (
-        step.page_table, step.rows, step.query_starts, step.lengths, scaling * _LOG2_E, step.page_table.stride(0),
+        step.page_table, step.rows, step.query_starts, step.lengths, sinks,
+        scaling / softcap if softcap else scaling * _LOG2_E.value, step.page_table.stride(0),
         *query.stride(), *key_pages.stride()[:3], *value_pages.stride()[:3], *out.stride()[:2],
     )  # fmt: skip
 
-    tile = _DECODE_WIDE if wide else _DECODE
     padded_group = triton.next_power_of_2(group)
     partial = query.new_empty(len(step.work), heads, value_dim, dtype=torch.float32)
     weights = query.new_empty(len(step.work), heads, dtype=torch.float32)
     _decode_kernel[(len(step.work), kv_heads)](
         query, key, value, key_pages, value_pages, out, partial, weights, step.work, step.counters, *layout,
         *key.stride(), *value.stride(), **shared,
-        ROWS=max(16, padded_group), KEYS=tile.keys, PARTS=MOST_PARTS, WRITES=step.decode_only,
-        num_warps=max(tile.warps, min(4, padded_group // 16)), num_stages=tile.stages, **early(query.device),
+        ROWS=max(16, padded_group), KEYS=decode.keys, PARTS=MOST_PARTS, WRITES=step.decode_only,
+        num_warps=max(decode.warps, min(4, padded_group // 16)), num_stages=decode.stages, **early(query.device),
     )  # fmt: skip
     if not step.decode_only:
-        tile = _PREFILL_WIDE if wide else _PREFILL
-        queries = max(1, (64 if wide else 128) // padded_group)
+        queries = max(1, most_queries // padded_group)
         programs = min(tokens // queries + sequences, triton.cdiv(4 * multiprocessors(query.device), kv_heads))
         _prefill_kernel[(programs, kv_heads)](
             query, key_pages, value_pages, out, step.counts, *layout, **shared,
-            QUERIES=queries, PADDED_GROUP=padded_group, KEYS=tile.keys, num_warps=tile.warps, num_stages=tile.stages,
+            QUERIES=queries, PADDED_GROUP=padded_group, KEYS=prefill.keys, num_warps=prefill.warps,
+            num_stages=prefill.stages,
         )  # fmt: skip
     return out
+
+
+def _tiles(widest: int, element_size: int) -> tuple[_Tile, _Tile, int]:
+    """For decoding and for prefill, and the rows of queries that a prefill program has, by the dimensions of a head
+    (padded) and the bytes of each."""
+    if widest * element_size > 1024:
+        return _WIDEST, _WIDEST, 16
+    if widest > 256:
+        return _WIDE, _WIDE, 32
+    if widest > 128 or element_size == 4:
+        return _WIDE, _WIDE, 64
+    return _DECODE, _PREFILL, 128
 
 
 def _write_pages(
@@ -126,11 +145,32 @@ def _write_pages_kernel(
 
 
 @triton.jit
+def _tanh(x):
+    """Of float32, to its precision: by exponentials, and by its series where they would cancel out."""
+    t = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    square = x * x
+    series = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315)))
+    return tl.where(square < 0.02, series, tl.where(x < 0, -1.0, 1.0) * (1 - t) / (1 + t))
+
+
+@triton.jit
+def _before_keys(sinks, heads, counts, ROWS: tl.constexpr):
+    """The running softmax before the first key: empty, or with a head's sink in each row that `counts` it."""
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:
+        maximum = tl.load(sinks + heads, mask=counts, other=float("-inf")).to(tl.float32) * _LOG2_E
+        total = tl.where(counts, 1.0, 0.0)
+    return maximum, total
+
+
+@triton.jit
 def _attend_block(
     q, scaling, maximum, total, acc, first, last, query_positions, table, key_pages, value_pages,
     kp_page, kp_token, vp_page, vp_token,
     PAGE_SIZE: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold keys `first` to `first + KEYS`, short of `last`, into the running softmax of each query row
@@ -146,10 +186,14 @@ def _attend_block(
         mask=inside[None, :] & (key_dims < KEY_DIM)[:, None], other=0.0,
     )  # fmt: skip
     scores = tl.dot(q, k, input_precision=PRECISION) * scaling
+    if SOFTCAP > 0:
+        scores = _tanh(scores) * SOFTCAP
     if MASKED:
         seen = inside[None, :] & (at[None, :] <= query_positions[:, None])
         if WINDOW > 0:
             seen = seen & (at[None, :] > query_positions[:, None] - WINDOW)
+        if CHUNK > 0:
+            seen = seen & (at[None, :] >= (query_positions // CHUNK * CHUNK)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     new_maximum = tl.maximum(maximum, tl.max(scores, 1))
     base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) if MASKED else new_maximum
@@ -167,11 +211,12 @@ def _attend_block(
 @triton.jit
 def _decode_kernel(
     query, key, value, key_pages, value_pages, out, partial, weights, work, counters,
-    page_table, rows, query_starts, lengths, scaling, table_stride,
+    page_table, rows, query_starts, lengths, sinks, scaling, table_stride,
     q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head, out_token, out_head,
     key_token, key_head, key_dim, value_token, value_head, value_dim,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, WRITES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token of one sequence, the query heads of one key head, one part of the keys: split-KV, as in Flash-Decoding
@@ -191,6 +236,8 @@ def _decode_kernel(
         return
     split, parts = item // PARTS % PARTS, item % PARTS + 1
     begin = tl.maximum(0, length - WINDOW) if WINDOW > 0 else 0
+    if CHUNK > 0:
+        begin = (length - 1) // CHUNK * CHUNK
     blocks = tl.cdiv(length - begin, KEYS)
     share = tl.cdiv(blocks, parts)
     parts = tl.cdiv(blocks, share)
@@ -221,14 +268,13 @@ def _decode_kernel(
         mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0.0,
     )  # fmt: skip
     positions = tl.zeros([ROWS], tl.int32) + (length - 1)
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    maximum, total = _before_keys(sinks, heads, r < tl.where(split == 0, GROUP, 0), ROWS)
     acc = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
     for at in range(first, last, KEYS):
         maximum, total, acc = _attend_block(
             q, scaling, maximum, total, acc, at, last, positions, table,
             key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, kp_page, kp_token, vp_page, vp_token,
-            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
+            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, CHUNK, SOFTCAP, PRECISION, True,
         )  # fmt: skip
     keep = real[:, None] & (value_dims < VALUE_DIM)[None, :]
     all_heads = tl.num_programs(1) * GROUP
@@ -263,11 +309,12 @@ def _decode_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    query, key_pages, value_pages, out, counts, page_table, rows, query_starts, lengths,
+    query, key_pages, value_pages, out, counts, page_table, rows, query_starts, lengths, sinks,
     scaling, table_stride, q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
     out_token, out_head,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, PADDED_GROUP: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Blocks of `QUERIES` tokens of one sequence each, the query heads of one key head; as many programs as run at
@@ -294,19 +341,20 @@ def _prefill_kernel(
             _prefill_block(
                 query, key_pages + kv_head * kp_head, value_pages + kv_head * vp_head, out,
                 page_table + tl.load(rows + low).to(tl.int64) * table_stride,
-                kv_head, start, count, first_query, tl.load(lengths + low),
+                kv_head, start, count, first_query, tl.load(lengths + low), sinks,
                 scaling, q_token, q_head, q_dim, kp_page, kp_token, vp_page, vp_token, out_token, out_head,
-                PAGE_SIZE, GROUP, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, WINDOW, PRECISION,
+                PAGE_SIZE, GROUP, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, WINDOW, CHUNK, SOFTCAP, PRECISION,
                 QUERIES, PADDED_GROUP, KEYS,
             )  # fmt: skip
 
 
 @triton.jit
 def _prefill_block(
-    query, key_pages, value_pages, out, table, kv_head, start, count, first_query, length,
+    query, key_pages, value_pages, out, table, kv_head, start, count, first_query, length, sinks,
     scaling, q_token, q_head, q_dim, kp_page, kp_token, vp_page, vp_token, out_token, out_head,
     PAGE_SIZE: tl.constexpr, GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, PADDED_GROUP: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     context = length - count
@@ -321,25 +369,26 @@ def _prefill_block(
         mask=real[:, None] & (key_dims < KEY_DIM)[None, :], other=0.0,
     )  # fmt: skip
     positions = context + queries
-    maximum = tl.full([QUERIES * PADDED_GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES * PADDED_GROUP], tl.float32)
+    maximum, total = _before_keys(sinks, heads, real, QUERIES * PADDED_GROUP)
     acc = tl.zeros([QUERIES * PADDED_GROUP, VALUE_BLOCK], tl.float32)
     last = tl.minimum(length, context + first_query + QUERIES)
     if WINDOW > 0:
         first = tl.maximum(0, context + first_query - WINDOW + 1)
+    elif CHUNK > 0:
+        first = (context + first_query) // CHUNK * CHUNK
     else:  # what even the first of the queries sees needs no mask
         first = (context + first_query + 1) // KEYS * KEYS
         for at in range(0, first, KEYS):
             maximum, total, acc = _attend_block(
                 q, scaling, maximum, total, acc, at, last, positions, table, key_pages, value_pages,
                 kp_page, kp_token, vp_page, vp_token,
-                PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, False,
+                PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, CHUNK, SOFTCAP, PRECISION, False,
             )  # fmt: skip
     for at in range(first, last, KEYS):
         maximum, total, acc = _attend_block(
             q, scaling, maximum, total, acc, at, last, positions, table, key_pages, value_pages,
             kp_page, kp_token, vp_page, vp_token,
-            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, PRECISION, True,
+            PAGE_SIZE, KEY_DIM, VALUE_DIM, KEY_BLOCK, VALUE_BLOCK, KEYS, WINDOW, CHUNK, SOFTCAP, PRECISION, True,
         )  # fmt: skip
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
     value_dims = tl.arange(0, VALUE_BLOCK)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..model import ModelLoan
 from .workload import Workload
@@ -90,10 +90,13 @@ class ModelCost(NamedTuple):
         finally:
             loan.give_back()
         text = model.config.get_text_config(decoder=True)
-        windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
         layers = Counter(
-            LayerCost(shape.bytes_per_token, 2 * text.num_attention_heads * (shape.key_dim + shape.value_dim), window)
-            for shape, window in zip(shapes, windows, strict=True)
+            LayerCost(
+                shape.bytes_per_token,
+                2 * text.num_attention_heads * (shape.key_dim + shape.value_dim),
+                shape.window or shape.chunk or None,
+            )
+            for shape in shapes
         )
         head = model.get_output_embeddings().weight
         looked_up = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {head}
