@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 from transformers.generation.continuous_batching import RequestStatus
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .grammars import Constraint
 from .logits import Processors
+from .output import AsyncGenerationOutput
 from .stop_strings import StopStrings, TokenTexts
 
 
@@ -101,9 +101,9 @@ class Request:
         self.status = RequestStatus.FINISHED if error is None else RequestStatus.FAILED
         self.finished_time = time.perf_counter()
 
-    def output(self) -> GenerationOutput:
-        """What the user gets: transformers' own record, with copies of the values so far."""
-        return GenerationOutput(
+    def output(self) -> AsyncGenerationOutput:
+        """What the user gets, with copies of the values so far."""
+        return AsyncGenerationOutput(
             request_id=self.id,
             prompt_ids=self.tokens[: self.prompt_length].tolist(),
             generated_tokens=self.tokens[self.prompt_length :].tolist(),
