@@ -55,9 +55,7 @@ UNSUPPORTED_SETTINGS = [
     {"output_logits": True, "return_dict_in_generate": True},
     {"output_hidden_states": True, "return_dict_in_generate": True},
     {"output_attentions": True, "return_dict_in_generate": True},
-    {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "typical_p": 0.5},
-    {"do_sample": True, "epsilon_cutoff": 0.1}, {"do_sample": True, "eta_cutoff": 0.1},
-    {"watermarking_config": {"greenlist_ratio": 0.3}},
+    {"prompt_lookup_num_tokens": 3}, {"watermarking_config": {"greenlist_ratio": 0.3}},
 ]  # fmt: skip
 UNSUPPORTED_BATCHING = [
     {"q_padding_interval_size": 64}, {"kv_padding_interval_size": 64}, {"scheduler_type": "prefill_first"},
@@ -291,6 +289,11 @@ class TestSettingsThatAreNotSupported:
         ({"do_sample": True, "top_k": -3}, "top_k"),
         ({"do_sample": True, "min_p": 1.5}, "min_p"),
         ({"do_sample": True, "min_p": -0.1}, "min_p"),
+        ({"do_sample": True, "typical_p": 0.0}, "typical_p"),
+        ({"do_sample": True, "typical_p": 1.1}, "typical_p"),
+        ({"do_sample": True, "epsilon_cutoff": 1.0}, "epsilon_cutoff"),
+        ({"do_sample": True, "eta_cutoff": -0.1}, "eta_cutoff"),
+        ({"do_sample": True, "top_h": 1.5}, "top_h"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
     ], ids=str)  # fmt: skip

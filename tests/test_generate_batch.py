@@ -433,6 +433,11 @@ class TestSampling:
             {"top_k": 12, "top_p": 0.7, "temperature": 4.0},
             {"top_k": 0, "min_p": 0.05, "temperature": 3.0},
             {},  # generate's own top_k of 50
+            {"top_k": 0, "typical_p": 0.6, "temperature": 2.0},
+            {"top_k": 0, "epsilon_cutoff": 0.02, "temperature": 2.0},
+            {"top_k": 0, "eta_cutoff": 0.1, "temperature": 4.0},
+            {"top_h": 0.6, "temperature": 3.0},
+            {"top_k": 30, "top_p": 0.95, "typical_p": 0.8, "eta_cutoff": 0.02, "temperature": 4.0},
         ],
         ids=str,
     )

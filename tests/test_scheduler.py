@@ -14,6 +14,8 @@ import pytest
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from transformers_async_cb import scheduler
+from transformers_async_cb.logprobs import RANKED_WORDS, PromptScores, no_words
 from transformers_async_cb.pages import Pages
 from transformers_async_cb.request import Family, Phase, Request, Rows
 from transformers_async_cb.scheduler import MOST_FRESH, Plan, Scheduler
@@ -60,6 +62,14 @@ def answer_of(request: Request) -> list[int]:
     return tokens
 
 
+def ranked_words(arrival: int, position: int, words: int) -> range:
+    """What is said of the token at a position of a request: of a family's prompt, the same to all."""
+    if position < arrival // 10**6:
+        arrival %= 10**3
+    first = hash((arrival, position)) % 10**9
+    return range(first, first + words)
+
+
 class Device:
     """What a device would make of the plans, in the order they are launched: a page table, and who wrote where."""
 
@@ -91,6 +101,14 @@ class Device:
                 found = self.cache.get(self.where(row, position))
                 assert found == beginning(arrival, position), f"row {row} of r{arrival} reads {found} at {position}"
         return np.array([token_of(arrival, start + count) for _, start, count, arrival in sequences], np.int32)
+
+    def rank(self, plan: Plan) -> np.ndarray:
+        """What is said of the tokens whose log-probabilities are wanted: `ranked_words`."""
+        rows = self.scheduler.rows
+        tokens = [(sequence, int(plan.starts[sequence] + plan.counts[sequence])) for sequence in plan.ranked]
+        tokens += [(sequence, first + 1 + i) for sequence, first, count in plan.scored for i in range(count)]
+        words = [ranked_words(rows.arrival[plan.rows[sequence]], at, RANKED_WORDS) for sequence, at in tokens]
+        return np.array(words, np.int32).reshape(-1, RANKED_WORDS)
 
     def where(self, row: int, position: int) -> tuple[int, int]:
         page = int(self.table[row * self.columns + position // self.page_size])
@@ -137,7 +155,7 @@ class Simulation:
 
     def retire(self) -> None:
         plan, ids = self.flights.popleft()
-        self.scheduler.retire(plan, ids, None)
+        self.scheduler.retire(plan, ids, None, self.device.rank(plan))
 
     def run(self) -> None:
         for _ in range(100_000):
@@ -185,7 +203,8 @@ class Simulation:
         ends = plan.starts[plan.decodes :] + plan.counts[plan.decodes :]
         assert (ends <= r.prefill[prompts]).all()
         assert ((ends == r.prefill[prompts]) == plan.samples[plan.decodes :]).all()
-        assert (ends == r.prefill[prompts]).all() or plan.tokens == self.scheduler.token_budget, "a prompt is cut"
+        full = plan.tokens == self.scheduler.token_budget or plan.scores == scheduler.MOST_SCORED
+        assert full or (ends == r.prefill[prompts]).all(), "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
         forked = set(plan.forks[:, 2].tolist())
         assert forked <= set(plan.fresh)
@@ -252,6 +271,40 @@ class TestRandomRuns:
             assert results[request_id].error is None
             assert results[request_id].generated_tokens == answer_of(request)
             assert results[request_id].prompt_ids == request.tokens[: request.prompt_length].tolist()
+
+    def test_give_each_token_its_own_log_probability(
+        self, rng: random.Random, depth: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(scheduler, "MOST_SCORED", most := rng.choice((1, 3, 10)))
+        simulation = self.simulation(rng, depth)
+        for arrival in range(30):
+            total = rng.randint(2, 40)
+            prompt = rng.randint(1, total - 1)
+            own, of_prompt = rng.choice((None, 0, 2)), rng.choice((None, 0, 2))
+            settings = {
+                "eos_ids": tuple(rng.sample(range(VOCABULARY), rng.choice((0, 1, 4)))),
+                "priority": rng.choice((0, 0, 0, 1, 5)),
+                "ranked": None if own is None else no_words(0, own),
+                "prompt_scores": None if of_prompt is None else PromptScores(no_words(prompt - 1, of_prompt)),
+            }
+            simulation.add(*new_family(arrival, prompt, total - prompt, rng.choice((1, 1, 3)), **settings))
+        while not simulation.scheduler.idle:
+            if rng.random() < 0.05:
+                simulation.scheduler.cancel(simulation.requests[rng.choice(list(simulation.requests))], "cancelled")
+            simulation.turn()
+        simulation.run()
+        for request_id, output in simulation.results.items():
+            request = simulation.requests[request_id]
+            end = request.prompt_length + len(output.generated_tokens)
+            for ranked, asked, positions in (
+                (output.ranked, request.ranked is not None, range(request.prompt_length, end)),
+                (output.prompt_ranked, request.prompt_scores is not None, range(1, request.prompt_length)),
+            ):
+                assert (ranked is not None) == asked
+                if asked:
+                    expected = [[*ranked_words(request.arrival, at, ranked.shape[1])] for at in positions]
+                    assert ranked.tolist() == (expected if output.error is None else expected[: len(ranked)])
+        assert max(plan.scores for plan in simulation.plans) <= most
 
     def test_end_every_request_that_comes_or_is_cancelled_meanwhile(self, rng: random.Random, depth: int) -> None:
         simulation = self.simulation(rng, depth)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from conftest import FAMILIES, VOCABULARY, batching, greedy, shared_model
 from test_grammars import EOS, GRAMMAR, Thing, tokenizer
 from test_processors import Alternate, Avoid
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.door import sequence_id, sequence_seed
+from transformers_async_cb.output import AsyncGenerationOutput
 
 
 # What gets several answers: all of them are asked for by name.
@@ -32,6 +34,7 @@ def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int],
             "min_p": rng.choice([0.0, 0.1]),
             "seed": rng.randrange(9),
             "num_return_sequences": rng.choice([1, 1, SEQUENCES]),
+            **rng.choice([{}, {}, {"typical_p": 0.7}, {"epsilon_cutoff": 0.05, "top_h": 0.9}, {"eta_cutoff": 0.2}]),
         },
         0.3: lambda: {"repetition_penalty": 1.3},
         0.25: lambda: {"eos_token_id": rng.sample(range(VOCABULARY), 6)},
@@ -45,6 +48,8 @@ def random_requests(rng: random.Random, count: int) -> Iterator[tuple[list[int],
             "eos_token_id": EOS,
             **rng.choice([{"json_schema": Thing}, {"regex": "([a-m][n-z])+[0-9]"}, {"grammar": GRAMMAR}]),
         },
+        0.09: lambda: {"logprobs": rng.choice([0, 4, 20])},
+        0.08: lambda: {"prompt_logprobs": rng.choice([0, 4, 20])},
     }
     for _ in range(count):
         prompt = beginning[: rng.randint(0, 110)] + [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 40))]
@@ -65,9 +70,9 @@ def given(settings: dict[str, Any]) -> dict[str, Any]:
 
 def alone(
     model: PreTrainedModel, asked: dict[str, tuple[list[int], dict[str, Any]]]
-) -> dict[str, tuple[list[int], str | None]]:
-    """The answer of each sequence when nothing runs beside it, no step waits for another and nothing is reused; and
-    the error, where settings leave no token that its grammar allows."""
+) -> dict[str, AsyncGenerationOutput]:
+    """What each sequence gets when nothing runs beside it, no step waits for another and nothing is reused: an answer,
+    or an error where settings leave no token that its grammar allows."""
     answers = {}
     with model.continuous_batching_context_manager(
         greedy(8),
@@ -87,8 +92,17 @@ def alone(
                 assert (
                     output.error is None or "regex" in settings or "grammar" in settings or "json_schema" in settings
                 )
-                answers[sequence] = output.generated_tokens, output.error
+                answers[sequence] = output
     return answers
+
+
+def assert_same_logprobs(one: AsyncGenerationOutput, other: AsyncGenerationOutput) -> None:
+    """Within rounding; of the likeliest, those that come in another order are as likely."""
+    for name in ("logprobs", "prompt_logprobs"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-4)
+    for name in ("top_logprobs", "prompt_top_logprobs"):
+        values = [getattr(output, name) and [[*d.values()] for d in getattr(output, name)] for output in (one, other)]
+        torch.testing.assert_close(*values, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -118,9 +132,10 @@ def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap
     engine.scheduler.check_books()
     assert outputs.keys() == expected.keys()
     for name, output in outputs.items():
-        tokens, error = expected[name]
-        if output.error == error:
+        tokens = expected[name].generated_tokens
+        if output.error == expected[name].error:
             assert output.generated_tokens == tokens, (name, asked[name.partition("__")[0]])
+            assert_same_logprobs(output, expected[name])
         else:
             assert name in cancelled or "deadline" in output.error
             assert output.generated_tokens == tokens[: len(output.generated_tokens)], name

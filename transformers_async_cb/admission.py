@@ -53,9 +53,10 @@ class Admission:
         self._forks: list[tuple[int, int, int, int]] = []
         self._fresh: set[int] = set()  # rows whose page tables the device has not been told of
 
-    def admit(self, most_found: int, coming: set[bytes]) -> tuple[int, int] | None:
+    def admit(self, most_found: int, coming: set[bytes], scores: int) -> tuple[int, int] | None:
         """Give the first in line that can have one a row, and pages for all its tokens so far; of what others have
-        computed, at most `most_found` pages. If its next pages are `coming`, the line waits for them.
+        computed, at most `most_found` pages. If its next pages are `coming`, the line waits for them, and if the step
+        has no `scores` left for its prompt, for the next step.
 
         Returns:
             The row, and the first column of the page table that the device must be told.
@@ -80,6 +81,8 @@ class Admission:
                 if source is None and self._is_computing(request.family):
                     self.line.hold_first_back()
                     continue
+            if source is None and request.unscored and not scores:
+                return None
             found = np.empty(0, np.int32)
             if source is None or tokens > request.prompt_length:  # it was preempted, and may find its own
                 found = self._find(request, most_found, coming)
@@ -153,7 +156,9 @@ class Admission:
             return np.empty(0, np.int32)
         page_size = self.pages.page_size
         extend_keys(request.page_keys, request.tokens, page_size)
-        keys = request.page_keys[: min(most, (len(request.tokens) - 1) // page_size)]  # the last token is computed
+        # The last token is computed, whose logits are wanted, and so is what has yet to be scored.
+        there = request.prompt_scores.known if request.unscored else len(request.tokens) - 1
+        keys = request.page_keys[: min(most, there // page_size)]
         found = self.pages.find(keys)
         wanted = keys[len(found) : len(found) + WORTH_WAITING]
         if len(wanted) == WORTH_WAITING and coming.issuperset(wanted):

@@ -19,11 +19,13 @@ from transformers.utils import logging
 
 from .grammars import STRUCTURES, Constraint, Grammars
 from .logits import Processor, Processors, Shaping
+from .logprobs import PromptScores, no_words
 from .model import ModelLoan
 from .prompts import Prompt, encode
 from .request import Family, Request, Sampling
 from .settings import (
     GenerationSettings,
+    check_likeliest,
     check_logits_processor,
     check_max_new_tokens,
     check_priority,
@@ -139,6 +141,8 @@ class Door:
         seed: int | None = None,
         priority: int = 0,
         deadline: float | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         **per_request: Any,
     ) -> list[Request]:
         """The requests, of which none is let in yet. `generation_config` is one for all, or a sequence of as many, and
@@ -183,6 +187,8 @@ class Door:
             else:
                 processors = check_logits_processor(logits_processor, name)
             eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
+            likeliest = check_likeliest(logprobs, self._vocabulary, "logprobs", name)
+            of_prompt = check_likeliest(prompt_logprobs, self._vocabulary, "prompt_logprobs", name)
             family = Family() if settings.sequences > 1 else None
             request = Request(
                 id=request_id,
@@ -199,6 +205,8 @@ class Door:
                 shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
                 processors=Processors(name, processors, self._model.device) if processors else None,
                 constraint=self._constraint(name, asked, eos, compiled),
+                ranked=None if likeliest is None else no_words(0, likeliest),
+                prompt_scores=None if of_prompt is None else PromptScores(no_words(len(tokens) - 1, of_prompt)),
                 streaming=streaming,
                 record_timestamps=record_timestamps,
                 family=family,

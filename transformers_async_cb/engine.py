@@ -154,11 +154,11 @@ class Engine:
         slot = self.lanes.stage()
         self.runner.stage(plan, key, slot.array_in)
         self._lap("stage")
-        rows = key.bucket.rows
-        calls, forks = self.runner.calls(plan), len(plan.forks)
+        words_back, calls, forks = self.runner.words_back(plan, key), self.runner.calls(plan), len(plan.forks)
         self.lanes.launch(
-            slot, self.runner.words(key) + plan.forks.size, rows * 2 if self.settings.logprobs else rows,
-            take=lambda: self.runner.take(key, slot, forks), step=lambda: self.runner.step(key, slot, calls),
+            slot, self.runner.words(key) + plan.forks.size, words_back,
+            take=lambda: self.runner.take(key, slot, forks),
+            step=lambda: self.runner.step(key, slot, words_back, calls),
             marked=self.recorder is not None,
         )  # fmt: skip
         self.meter.launch(plan, self.scheduler.rows)
@@ -173,9 +173,7 @@ class Engine:
         out = self.lanes.collect(flight.slot)
         self._lap("wait", flight.step)
         self.meter.retire(flight.plan, self.scheduler.rows, self.lanes.seconds(flight.slot))
-        sequences, rows = len(flight.plan.rows), flight.key.bucket.rows
-        logprobs = out[rows : rows + sequences].view(np.float32) if self.settings.logprobs else None
-        self.scheduler.retire(flight.plan, out[:sequences], logprobs)
+        self.scheduler.retire(flight.plan, *self.runner.results(flight.plan, flight.key, out))
         self._lap("retire", flight.step)
 
     def _deliver(self, deliver: Callable[[list[GenerationOutput]], None]) -> None:

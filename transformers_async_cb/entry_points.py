@@ -125,6 +125,8 @@ def generate_batch(
     json_schema: str | dict | type | Sequence[str | dict | type | None] | None = None,
     regex: str | Sequence[str | None] | None = None,
     grammar: str | Sequence[str | None] | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
     **overrides: Any,
 ) -> dict[str, GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs; where
@@ -132,8 +134,9 @@ def generate_batch(
 
     Args are those of transformers' `generate_batch`, and `tokenizer`, `stopping_criteria` and `logits_processor` as
     for `model.generate` (see `AsyncBatchingManager`); but `generation_config` may also be a list with one for each
-    input. So may `json_schema`, `regex` and `grammar`, which say what an answer must be (see `add_request`). Other
-    keyword arguments are generation settings, as for `model.generate`, and hold for all.
+    input. So may `json_schema`, `regex` and `grammar`, which say what an answer must be (see `add_request`, also for
+    `logprobs` and `prompt_logprobs`). Other keyword arguments are generation settings, as for `model.generate`, and
+    hold for all.
 
     `inputs` may be a padded batch of token ids `[B, T]` with its `attention_mask`, a dictionary of both, or, with a
     `tokenizer`, texts and chats.
@@ -157,7 +160,14 @@ def generate_batch(
         # Everything is checked before anything runs, and the cache is sized for what was checked.
         own = {} if configs is None else {"generation_config": configs, **overrides}
         request_ids = manager.add_requests(
-            prompts, record_timestamps=record_timestamps, json_schema=json_schema, regex=regex, grammar=grammar, **own
+            prompts,
+            record_timestamps=record_timestamps,
+            json_schema=json_schema,
+            regex=regex,
+            grammar=grammar,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            **own,
         )
         request_ids = manager.sequence_ids(request_ids)
         manager.size_for_pending()

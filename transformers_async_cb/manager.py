@@ -517,6 +517,12 @@ class AsyncBatchingManager:
             priority (`int`, *optional*): requests with a higher one go first, among those that wait for room; 0 by
                 default. It is the last to be preempted, too.
             deadline (`float`, *optional*): seconds from now after which the request fails, finished or not.
+            logprobs (`int`, *optional*): 0 gives each generated token's log-probability, in the output's `logprobs`;
+                n the n likeliest in its place too, in `top_logprobs`, up to 20. They are the model's own, the
+                log-softmax of its logits; those of `ContinuousBatchingConfig(return_logprobs=True)`, whose place they
+                take, are of the distribution that the token was drawn from.
+            prompt_logprobs (`int`, *optional*): the same for the prompt's tokens after the first, in
+                `prompt_logprobs` and `prompt_top_logprobs`. Such a prompt is computed anew, a part at a time.
             per_request: any other generation setting, such as `do_sample=True, temperature=0.7`. With
                 `num_return_sequences=3` two more results come, of `{request_id}__child#0` and `{request_id}__child#1`;
                 each has a seed of its own, and the prompt is computed once. And `presence_penalty`,

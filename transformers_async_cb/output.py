@@ -33,7 +33,7 @@ class AsyncGenerationOutput(GenerationOutput):
     @property
     def prompt_logprobs(self) -> list[float] | None:
         """The log-probability of each of the prompt's tokens after the first; `None` if not asked for."""
-        return None if self.prompt_ranked is None else own(self.prompt_ranked)
+        return None if self.prompt_ranked is None else own_logprobs(self.prompt_ranked)
 
     @property
     def prompt_top_logprobs(self) -> list[dict[int, float]] | None:
@@ -41,7 +41,7 @@ class AsyncGenerationOutput(GenerationOutput):
         return _likeliest(self.prompt_ranked)
 
 
-def own(ranked: np.ndarray) -> list[float]:
+def own_logprobs(ranked: np.ndarray) -> list[float]:
     """The log-probabilities of the tokens themselves."""
     return ranked[:, 0].view(np.float32).tolist()
 

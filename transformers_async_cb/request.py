@@ -14,7 +14,9 @@ from transformers.generation.continuous_batching import RequestStatus
 
 from .grammars import Constraint
 from .logits import Processors
-from .output import AsyncGenerationOutput
+from .logprobs import PromptScores, Records
+from .output import AsyncGenerationOutput, own_logprobs
+from .sampling import TRUNCATED_WORDS
 from .stop_strings import StopStrings, TokenTexts
 
 
@@ -27,18 +29,40 @@ MOST_MASKED, MOST_MASKED_PROMPTS = 128, 32
 
 
 class Sampling(NamedTuple):
-    """How a request picks its tokens: greedily at a `temperature` of 0. 0 turns `top_k` and `min_p` off, 1 `top_p`."""
+    """How a request picks its tokens: greedily at a `temperature` of 0. 1 turns `top_p` and `typical_p` off, 0 what
+    else narrows the choice."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0  # 64 bits
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    top_h: float = 0.0
 
     @property
     def filtered(self) -> bool:
         """Whether some tokens may not be drawn."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether that is by a rare rule, which takes all others along."""
+        rare = self.typical_p < 1 or self.epsilon_cutoff > 0 or self.eta_cutoff > 0 or self.top_h > 0
+        return self.temperature > 0 and rare
+
+    def truncation(self) -> np.ndarray:
+        """The words of a `Truncation`."""
+        floats = (
+            self.temperature, self.top_p, self.min_p, self.typical_p, self.epsilon_cutoff, self.eta_cutoff, self.top_h
+        )  # fmt: skip
+        return np.array([self.top_k, *np.array(floats, np.float32).view(np.int32)], np.int32)
+
+    def picking(self) -> Sampling:
+        """What is left to do when the truncation is done."""
+        return self._replace(top_k=0, top_p=1.0, min_p=0.0) if self.truncated else self
 
 
 @dataclass(slots=True, eq=False)
@@ -85,11 +109,18 @@ class Request:
     finished_time: float = -1
     logprobs: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [generated so far]
     timestamps: np.ndarray = field(default_factory=lambda: np.empty(0, np.float64))  # [generated so far], seconds
+    ranked: np.ndarray | None = None  # int32 [generated so far, 1 + 2 * n] as `rank` returns them, if asked for
+    prompt_scores: PromptScores | None = None  # if asked for
 
     @property
     def total_limit(self) -> int:
         """Tokens of prompt and answer together, at most."""
         return self.prompt_length + self.max_new_tokens
+
+    @property
+    def unscored(self) -> bool:
+        """Whether tokens of the prompt have yet to get log-probabilities that were asked for."""
+        return self.prompt_scores is not None and not self.prompt_scores.complete
 
     def start(self) -> None:
         if self.status == RequestStatus.PENDING:
@@ -103,16 +134,19 @@ class Request:
 
     def output(self) -> AsyncGenerationOutput:
         """What the user gets, with copies of the values so far."""
+        scores = self.prompt_scores
         return AsyncGenerationOutput(
             request_id=self.id,
             prompt_ids=self.tokens[: self.prompt_length].tolist(),
             generated_tokens=self.tokens[self.prompt_length :].tolist(),
-            logprobs=self.logprobs.tolist(),
+            logprobs=self.logprobs.tolist() if self.ranked is None else own_logprobs(self.ranked),
             error=self.error,
             status=self.status,
             created_time=self.created_time,
             lifespan=(self.started_time, self.finished_time),
             timestamps=self.timestamps.tolist() if self.record_timestamps else None,
+            ranked=self.ranked,
+            prompt_ranked=None if scores is None else scores.words[: scores.known],
         )
 
 
@@ -145,6 +179,7 @@ class Rows:
         self.priority = np.zeros(count, np.int64)
         self.prefill = np.zeros(count, np.int64)  # tokens to compute before the first sample
         self.computed = np.zeros(count, np.int64)
+        self.prompt_length = np.zeros(count, np.int64)
         self.known = np.zeros(count, np.int64)
         self.total = np.zeros(count, np.int64)
         self.limit = np.zeros(count, np.int64)  # `total` at which the row is done
@@ -155,6 +190,11 @@ class Rows:
         self.shaped = np.zeros(count, bool)  # something is done to their logits
         self.processed = np.zeros(count, bool)  # by processors of the user's
         self.masked = np.zeros(count, bool)  # only some tokens may come: not planned before the last one is known
+        self.truncated = np.zeros(count, bool)  # by a rare rule
+        self.truncations = np.zeros((count, TRUNCATED_WORDS - 1), np.int32)
+        self.likeliest = np.full(count, -1, np.int32)  # to list beside each token's log-probability; -1 for neither
+        self.unscored = np.zeros(count, bool)  # tokens of the prompt are still to be scored
+        self.records = Records(count)
         self.eos = np.full((count, 1), -1, np.int32)
         self.last_letters = np.zeros(count, np.uint64)  # with which its stop strings end
         self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
@@ -187,9 +227,13 @@ class Rows:
         self.computed[row] = self.page_count[row] = self.full_pages[row] = self.in_flight[row] = 0
         self.limit[row] = limit
         self.stale[row] = False
+        self.prompt_length[row] = request.prompt_length
         self.streaming[row] = request.streaming
         self.sampled[row] = request.sampling.temperature > 0
-        self.filtered[row] = request.sampling.filtered
+        self.filtered[row] = request.sampling.picking().filtered
+        self.truncated[row] = request.sampling.truncated
+        if self.truncated[row]:
+            self.truncations[row] = request.sampling.truncation()
         self.shaped[row] = request.shaping is not None
         self.processed[row] = request.processors is not None
         self.masked[row] = request.constraint is not None
@@ -207,6 +251,11 @@ class Rows:
         self.tokens[row, :known] = request.tokens
         if self.logprobs is not None:
             self.logprobs[row, request.prompt_length : known] = request.logprobs
+        self.likeliest[row] = -1
+        if request.ranked is not None:
+            self.likeliest[row] = request.ranked.shape[1] // 2
+            self.records.take(row, request.ranked)
+        self.unscored[row] = request.unscored
         if request.record_timestamps:
             if self.timestamps is None:
                 self.timestamps = np.zeros(self.tokens.shape, np.float64)
@@ -233,12 +282,15 @@ class Rows:
         request.tokens = self.tokens[row, :known].copy()
         if self.logprobs is not None:
             request.logprobs = self.logprobs[row, request.prompt_length : known].copy()
+        if request.ranked is not None:
+            request.ranked = self.records.read(row, known - request.prompt_length, request.ranked.shape[1])
         if request.record_timestamps:
             request.timestamps = self.timestamps[row, request.prompt_length : known].copy()
         return request
 
     def give_back(self, row: int) -> None:
         self.request[row] = None
+        self.records.give_back(row)
         self.phase[row] = Phase.FREE
         self._free.append(row)
 

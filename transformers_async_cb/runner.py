@@ -16,10 +16,11 @@ from .graphs import Graphs, StepKey
 from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
 from .logits import SHAPING_WORDS, Call, Tables, mask, shape
+from .logprobs import ENTRY_WORDS, MOST_SCORED, RANKED_WORDS, rank
 from .model import ModelLoan
 from .pages import Pages
 from .request import MOST_FRESH, Rows
-from .sampling import PARAMETER_WORDS, Flavour, Parameters, pick
+from .sampling import PARAMETER_WORDS, TRUNCATED_WORDS, Flavour, Parameters, pick, truncate
 from .scheduler import Plan
 from .settings import EngineSettings
 
@@ -84,9 +85,12 @@ class Runner:
         self.programs = max(1, side_by_side(self.device) // kv_heads)
         largest = Bucket(settings.token_budget, rows.count, False)
         self.mask_words = mask_words(loan.vocabulary)
-        words = self.words(StepKey(largest, Flavour(shaped=True, masked=True)))
+        most_scored = min(MOST_SCORED, settings.token_budget)
+        every = Flavour(shaped=True, masked=True, truncated=rows.count, ranked=True, scored=most_scored)
+        words = self.words(StepKey(largest, every))
         self.words_in = words + min(rows.count, MOST_FRESH) * FORK_WORDS
-        self.words_out = rows.count * (2 if self.with_logprobs else 1)
+        self.parts_out = 2 if self.with_logprobs else 1  # ids, their log-probabilities
+        self.words_out = rows.count * self.parts_out + largest.entries(every) * RANKED_WORDS
         columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
         self.static_in = torch.zeros(words, **on_device)
@@ -157,18 +161,36 @@ class Runner:
             else:
                 tokens = self.token_buckets[np.searchsorted(self.token_buckets, tokens)]
                 rows = next(size for size in self.mixed_rows if size >= rows)
-        flavour = Flavour(plan.sampled, plan.filtered, self.with_logprobs, plan.shaped, plan.masked)
+        truncated, scored = len(plan.truncated), plan.scores
+        if self.pads and truncated:
+            truncated = min(4 ** -(-(truncated - 1).bit_length() // 2), self.rows.count)
+        if self.pads and scored:
+            scored = min(MOST_SCORED, self.token_buckets[-1])
+        ranked = scored > 0 or len(plan.ranked) > 0
+        flavour = Flavour(
+            plan.sampled, plan.filtered, self.with_logprobs, plan.shaped, plan.masked, truncated, ranked, scored
+        )
         return self.graphs.choose(StepKey(Bucket(tokens, rows, decode_only), flavour))
 
     def words(self, key: StepKey) -> int:
         """Of the packed inputs of a step."""
-        return key.bucket.words(*self._shares(key.flavour))
+        return key.bucket.words(self.page_size, self.programs, self.mask_words, key.flavour)
+
+    def words_back(self, plan: Plan, key: StepKey) -> int:
+        """Of what comes back from a step: ids, their log-probabilities, answers of `rank`."""
+        return key.bucket.rows * self.parts_out + (len(plan.ranked) + plan.scores) * RANKED_WORDS
+
+    def results(
+        self, plan: Plan, key: StepKey, out: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """A plan's ids, their log-probabilities, and answers of `rank`, of the words that came back."""
+        sequences, rows, at = len(plan.rows), key.bucket.rows, key.bucket.rows * self.parts_out
+        logprobs = out[rows : rows + sequences].view(np.float32) if self.with_logprobs else None
+        ranked = out[at : self.words_back(plan, key)].reshape(-1, RANKED_WORDS) if key.flavour.ranked else None
+        return out[:sequences], logprobs, ranked
 
     def arrays(self, key: StepKey, buffer: np.ndarray | torch.Tensor) -> StepArrays:
-        return StepArrays.of(buffer, key.bucket.sizes(*self._shares(key.flavour)))
-
-    def _shares(self, flavour: Flavour) -> tuple[int, int, bool, int]:
-        return self.page_size, self.programs, flavour.shaped, self.mask_words if flavour.masked else 0
+        return StepArrays.of(buffer, key.bucket.sizes(self.page_size, self.programs, self.mask_words, key.flavour))
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included, and its forks behind them."""
@@ -211,13 +233,20 @@ class Runner:
         parameters = a.parameters.reshape(-1, PARAMETER_WORDS)
         parameters[len(plan.fresh) :] = 0
         for line, row in zip(parameters, plan.fresh, strict=False):
-            sampling = r.request[row].sampling
+            sampling = r.request[row].sampling.picking()
             line.view(np.float32)[:3] = sampling.temperature, sampling.top_p, sampling.min_p
             line[3:] = sampling.top_k, *np.array([sampling.seed], np.uint64).view(np.int32)
         if key.flavour.shaped:
             self._stage_shaped(plan, a)
         if key.flavour.masked:
             self._stage_masks(plan, a)
+        if key.flavour.truncated:
+            truncated = a.truncated.reshape(-1, TRUNCATED_WORDS)
+            truncated[: len(plan.truncated), 0] = plan.truncated
+            truncated[: len(plan.truncated), 1:] = r.truncations[plan.rows[plan.truncated]]
+            truncated[len(plan.truncated) :] = -1
+        if key.flavour.ranked:
+            self._stage_ranked(plan, key, a)
 
     def _stage_shaped(self, plan: Plan, a: StepArrays) -> None:
         r = self.rows
@@ -249,6 +278,25 @@ class Runner:
             for i in np.flatnonzero(r.processed[plan.rows] & plan.samples).tolist()
         ]
 
+    def _stage_ranked(self, plan: Plan, key: StepKey, a: StepArrays) -> None:
+        r, ranked = self.rows, len(plan.ranked)
+        entries = a.entries.reshape(-1, ENTRY_WORDS)
+        entries[:ranked, 0] = plan.ranked
+        entries[:ranked, 1] = -1
+        entries[:ranked, 2] = r.likeliest[plan.rows[plan.ranked]]
+        at = 0
+        for sequence, first, count in plan.scored:
+            request, here = r.request[plan.rows[sequence]], slice(at, at + count)
+            begin = a.query_starts[sequence] + first - plan.starts[sequence]
+            a.scored[here] = np.arange(begin, begin + count)
+            of_token = entries[ranked:][here]
+            of_token[:, 0] = key.bucket.rows + np.arange(at, at + count)
+            of_token[:, 1] = request.tokens[first + 1 : first + count + 1]
+            of_token[:, 2] = request.prompt_scores.words.shape[1] // 2
+            at += count
+        a.scored[at:] = 0
+        entries[ranked + at :] = -1
+
     # ------------------------------------------------------------------------------------------------ device
 
     def take(self, key: StepKey, slot: Slot, forks: int) -> None:
@@ -270,20 +318,16 @@ class Runner:
             for storage in layer:
                 storage[pages] = storage[from_pages]
 
-    def step(self, key: StepKey, slot: Slot, calls: list[Call]) -> None:
-        """Compute the step whose inputs were taken; ids, then log-probabilities, go to the slot's `device_out`. With
-        `calls` it is not captured: nobody knows what they do."""
+    def step(self, key: StepKey, slot: Slot, words_back: int, calls: list[Call]) -> None:
+        """Compute the step whose inputs were taken; what comes back goes to the slot's `device_out`. With `calls` it
+        is not captured: nobody knows what they do."""
         if key.flavour.shaped and self.tables is None:
             self.tables = Tables.of(self.rows.count, self.page_table.shape[1] * self.page_size, self.device)
         if calls:
             self._compute_uncaptured(key, calls)
         else:
             self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._record(key))
-        for part in range(2 if self.with_logprobs else 1):
-            at = part * key.bucket.rows
-            slot.device_out[at : at + key.bucket.rows].copy_(
-                self.static_out[part * self.rows.count :][: key.bucket.rows], non_blocking=True
-            )
+        slot.device_out[:words_back].copy_(self.static_out[:words_back], non_blocking=True)
 
     def _record(self, key: StepKey) -> None:
         self.warming_up = f"capturing graph {self.graphs.count + 1}, of {key.bucket.tokens} tokens"
@@ -323,19 +367,29 @@ class Runner:
             self.counters, key.bucket.decode_only,
         )  # fmt: skip
         with computing(step, self.backend):
-            logits = self.loan.forward(ids[None], positions[None], last)
+            keep = torch.cat([last, a.scored.long()]) if key.flavour.scored else last
+            raw = self.loan.forward(ids[None], positions[None], keep)
+        rows, flavour = key.bucket.rows, key.flavour
+        logits = raw[:rows]
+        if flavour.ranked and (flavour.shaped or flavour.masked or flavour.truncated):  # which write to them
+            logits = logits.clone()
         if tables is not None:
             shape(logits, tables, a.shaped, a.rows, a.lengths)
         for call in calls or ():
             call.processors(tables.history[call.row, : call.length].long(), logits[call.sequence])
-        if key.flavour.masked:
+        if flavour.masked:
             mask(logits, a.masked, a.masks.view(-1, self.mask_words))
+        if flavour.truncated:
+            truncate(logits, a.truncated)
         parameters = Parameters.from_table(self.parameters[a.rows])
-        ids, logprobs = pick(logits, parameters, a.lengths, key.flavour)
+        ids, logprobs = pick(logits, parameters, a.lengths, flavour)
         self.last_tokens[a.stores] = ids
-        self.static_out[: key.bucket.rows] = ids
+        self.static_out[:rows] = ids
         if logprobs is not None:
-            self.static_out[self.rows.count :][: key.bucket.rows] = logprobs.view(torch.int32)
+            self.static_out[rows : 2 * rows] = logprobs.view(torch.int32)
+        if flavour.ranked:
+            ranked = rank(raw, a.entries, ids).view(-1)
+            self.static_out[rows * self.parts_out :][: len(ranked)] = ranked
 
     def poison(self, pages: np.ndarray) -> None:
         """Fill pages that nobody holds with NaN."""

@@ -14,6 +14,7 @@ from .admission import Admission
 from .grammars import MaskMaker
 from .inputs import SPARE_CELLS
 from .line import Line
+from .logprobs import MOST_SCORED
 from .pages import Pages
 from .request import MOST_FRESH, MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
 
@@ -35,10 +36,18 @@ class Plan(NamedTuple):
     shaped: bool  # something is done to the logits of a row
     processed: bool  # by processors of the user's
     masked: bool  # only some tokens may come next in a row
+    truncated: np.ndarray  # int64 sequences that sample with a rare rule
+    ranked: np.ndarray  # int64 sequences whose token is wanted with its log-probability
+    scored: list[tuple[int, int, int]]  # sequence, first position and number of prompt tokens wanted with theirs
 
     @property
     def tokens(self) -> int:
         return int(self.counts.sum())
+
+    @property
+    def scores(self) -> int:
+        """Tokens of prompts whose log-probabilities are wanted."""
+        return sum(count for _, _, count in self.scored)
 
 
 class Scheduler:
@@ -161,6 +170,7 @@ class Scheduler:
         starts = r.computed[rows]
         ends = starts + counts
         samples = ends >= r.prefill[rows]
+        scored = self._scored(rows, starts, ends, len(decoding))
         cells, pages = self._new_cells(rows, starts, ends, len(decoding), fresh)
         r.computed[rows] = ends
         for row, _ in chunks:  # later steps find the pages written
@@ -175,7 +185,20 @@ class Scheduler:
             self.admission.take_forks(),
             bool(r.sampled[rows].any()), bool(r.filtered[rows].any()), bool(r.shaped[rows].any()),
             bool((r.processed[rows] & samples).any()), bool((r.masked[rows] & samples).any()),
+            np.flatnonzero(r.truncated[rows]), np.flatnonzero((r.likeliest[rows] >= 0) & samples), scored,
         )  # fmt: skip
+
+    def _scored(
+        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int
+    ) -> list[tuple[int, int, int]]:
+        """What `Plan.scored` says. The logits at a position are those of the next token."""
+        scored = []
+        for sequence in decodes + np.flatnonzero(self.rows.unscored[rows[decodes:]]):
+            request = self.rows.request[rows[sequence]]
+            first = max(int(starts[sequence]), request.prompt_scores.known)
+            if (count := min(int(ends[sequence]), request.prompt_length - 1) - first) > 0:
+                scored.append((int(sequence), first, count))
+        return scored
 
     def _end_what_is_late(self, now: float) -> None:
         if now < self.line.next_deadline:
@@ -252,14 +275,14 @@ class Scheduler:
         r = self.rows
         counts: list[int] = []
         fresh: dict[int, int] = {}
-        spare, share, left = SPARE_CELLS, max(1, budget // 2), budget
+        spare, share, left, scores = SPARE_CELLS, max(1, budget // 2), budget, MOST_SCORED
         coming: set[bytes] = set()
         if self.line:
             offering = (row for row in self.prefilling if not r.stale[row])
             coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
         while left > 0:
             if len(counts) == len(self.prefilling):
-                admitted = self.admission.admit(spare, coming) if len(fresh) < MOST_FRESH else None
+                admitted = self.admission.admit(spare, coming, scores) if len(fresh) < MOST_FRESH else None
                 if admitted is None:
                     break
                 row, first = admitted
@@ -269,16 +292,33 @@ class Scheduler:
                 coming.update(r.request[row].page_keys)
                 spare -= int(r.computed[row]) // self.pages.page_size - first
             row = self.prefilling[len(counts)]
-            counts.append(min(int(r.prefill[row] - r.computed[row]), share, left))
-            left -= counts[-1]
+            count = min(int(r.prefill[row] - r.computed[row]), share, left)
+            count, to_score = self._within(row, count, -(-scores // 2))
+            counts.append(count)
+            left -= count
+            scores -= to_score
         chunks = []
         for row, count in zip(self.prefilling, counts, strict=False):  # what nobody else wants
-            more = min(int(r.prefill[row] - r.computed[row]) - count, left)
-            left -= more
-            chunks.append((row, count + more))
+            most = min(int(r.prefill[row] - r.computed[row]), count + left)
+            to_score = self._within(row, count, MOST_SCORED)[1]
+            most, all_to_score = self._within(row, most, to_score + scores)
+            left -= most - count
+            scores -= all_to_score - to_score
+            if most:
+                chunks.append((row, most))
         done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
         self.prefilling = [row for row in self.prefilling if row not in done]
         return chunks, fresh
+
+    def _within(self, row: int, count: int, scores: int) -> tuple[int, int]:
+        """How many of the next `count` tokens of a row need at most `scores` log-probabilities, and how many they
+        need."""
+        if not self.rows.unscored[row]:
+            return count, 0
+        request, start = self.rows.request[row], int(self.rows.computed[row])
+        known = max(0, request.prompt_scores.known - start)
+        to_score = max(0, min(count, request.prompt_length - 1 - start) - known)
+        return (count, to_score) if to_score <= scores else (known + scores, scores)
 
     def _in_line(self, rows: np.ndarray) -> np.ndarray:
         """The rows by priority, the highest first, and by arrival."""
@@ -301,8 +341,11 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------------ retire
 
-    def retire(self, plan: Plan, ids: np.ndarray, logprobs: np.ndarray | None) -> None:
-        """Take the tokens of a finished step: `ids` int32 `[S]`, `logprobs` float32 `[S]`, both in plan order."""
+    def retire(
+        self, plan: Plan, ids: np.ndarray, logprobs: np.ndarray | None, ranked: np.ndarray | None = None
+    ) -> None:
+        """Take the tokens of a finished step: `ids` int32 `[S]`, `logprobs` float32 `[S]`, both in plan order; and
+        what `rank` has to say of the plan's `ranked`, then of its `scored`."""
         r = self.rows
         r.in_flight[plan.rows] -= 1
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
@@ -312,6 +355,8 @@ class Scheduler:
             live &= ~np.isin(plan.rows, list(refused))
         rows, tokens = plan.rows[live], ids[live]
         now = time.perf_counter()
+        if ranked is not None:
+            self._note_ranked(plan, live, ranked)
         r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
         stopped = self._stopped(rows, tokens, now)
         failed = self._ask(rows, stopped)
@@ -329,6 +374,17 @@ class Scheduler:
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
         for row in drained:
             self._release(int(row))
+
+    def _note_ranked(self, plan: Plan, live: np.ndarray, ranked: np.ndarray) -> None:
+        r, own = self.rows, live[plan.ranked]
+        rows = plan.rows[plan.ranked[own]]
+        r.records.write(rows, r.known[rows] - r.prompt_length[rows], ranked[: len(own)][own])
+        at = len(own)
+        for sequence, first, count in plan.scored:
+            scores = r.request[plan.rows[sequence]].prompt_scores
+            scores.words[first : first + count] = ranked[at : at + count, : scores.words.shape[1]]
+            scores.known = max(scores.known, first + count)  # a sequence that took over may lag behind
+            at += count
 
     def _stopped(self, rows: np.ndarray, tokens: np.ndarray, now: float) -> np.ndarray:
         """Which of `rows` end with their last token, whatever their limit: bool `[rows]`."""

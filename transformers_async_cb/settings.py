@@ -15,6 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
 from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings, Processor
+from .logprobs import MOST_LIKELIEST
 from .model import ModelLoan
 from .request import Sampling
 
@@ -26,7 +27,7 @@ PAGE_SIZE = 16
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
 _HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "max_time", "do_sample", "temperature", "top_k",
-    "top_p", "min_p", "num_return_sequences",
+    "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "num_return_sequences",
 } | LOGITS_FIELDS  # fmt: skip
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
@@ -35,12 +36,10 @@ _WITHOUT_EFFECT = {
     "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
     "max_matching_ngram_size", "is_assistant", "generation_kwargs", "prefill_chunk_size", "low_memory",
 }  # fmt: skip
-_ONLY_WHEN_SAMPLING = {"top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"}
 # What `generate` takes for a field that nobody has set, and other values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {
-    "num_beams": (1,), "num_beam_groups": (1,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,),
-    "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,),
-    "renormalize_logits": (False, True),
+    "num_beams": (1,), "num_beam_groups": (1,), "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,), "guidance_scale": (1.0,), "renormalize_logits": (False, True),
 }  # fmt: skip
 
 # `ContinuousBatchingConfig` fields that are not honoured yet: the values that ask for nothing, and what is missing.
@@ -115,7 +114,6 @@ def resolve_generation(
         if (
             name.startswith("_")
             or name in _HONOURED | _WITHOUT_EFFECT
-            or (name in _ONLY_WHEN_SAMPLING and not do_sample)
             or value in (None, False, [], {}, *_NEUTRAL.get(name, ()))
         ):
             continue
@@ -124,18 +122,6 @@ def resolve_generation(
         check_max_new_tokens(merged.max_new_tokens, "generation_config")
     if not isinstance(merged.max_length, Integral | None):
         raise ValueError(f"max_length must be an integer, got {merged.max_length!r}")
-    temperature = 1.0 if merged.temperature is None else float(merged.temperature)
-    top_k = 50 if merged.top_k is None else int(merged.top_k)
-    top_p = 1.0 if merged.top_p is None else float(merged.top_p)
-    min_p = 0.0 if merged.min_p is None else float(merged.min_p)
-    if do_sample and temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0 to sample; for greedy decoding, do_sample=False")
-    if do_sample and top_k < 0:
-        raise ValueError(f"top_k={top_k} must be 0 (off) or more")
-    if do_sample and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (off)")
-    if do_sample and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p={min_p} must be between 0 (off) and 1")
     sequences = 1 if merged.num_return_sequences is None else merged.num_return_sequences
     if isinstance(sequences, bool) or not isinstance(sequences, Integral) or sequences < 1:
         raise ValueError(f"num_return_sequences must be an integer of 1 or more, got {sequences!r}")
@@ -146,9 +132,62 @@ def resolve_generation(
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
         max_time=check_seconds(merged.max_time, "max_time", "generation_config"),
         sequences=int(sequences),
-        sampling=Sampling(temperature, min(top_k, 2**31 - 1), top_p, min_p) if do_sample else Sampling(),
+        sampling=_sampling(merged) if do_sample else Sampling(),
         logits=LogitsSettings.of(merged, own, model.get_input_embeddings().num_embeddings),
     )
+
+
+def _sampling(config: GenerationConfig) -> Sampling:
+    """All but the seed, of a config that samples."""
+
+    def number(name: str, default: float) -> float:
+        value = getattr(config, name)
+        return default if value is None else float(value)
+
+    top_k = 50 if config.top_k is None else int(config.top_k)
+    sampling = Sampling(
+        temperature=number("temperature", 1.0),
+        top_k=min(top_k, 2**31 - 1),
+        top_p=number("top_p", 1.0),
+        min_p=number("min_p", 0.0),
+        typical_p=number("typical_p", 1.0),
+        epsilon_cutoff=number("epsilon_cutoff", 0.0),
+        eta_cutoff=number("eta_cutoff", 0.0),
+        top_h=number("top_h", 0.0),
+    )
+    if sampling.temperature <= 0:
+        raise ValueError(
+            f"temperature={sampling.temperature} must be above 0 to sample; for greedy decoding, do_sample=False"
+        )
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (off) or more")
+    for name in ("top_p", "typical_p"):
+        if not 0 < getattr(sampling, name) <= 1:
+            raise ValueError(f"{name}={getattr(sampling, name)} must be above 0 and at most 1 (off)")
+    for name in ("min_p", "top_h"):
+        if not 0 <= getattr(sampling, name) <= 1:
+            raise ValueError(f"{name}={getattr(sampling, name)} must be between 0 (off) and 1")
+    for name in ("epsilon_cutoff", "eta_cutoff"):
+        if not 0 <= getattr(sampling, name) < 1:
+            raise ValueError(f"{name}={getattr(sampling, name)} must be 0 (off) or more, and below 1")
+    return sampling
+
+
+def check_likeliest(value: int | None, vocabulary: int, setting: str, name: str) -> int | None:
+    """How many of the likeliest tokens to list, `None` for no log-probabilities.
+
+    Raises:
+        ValueError: not a number that is allowed; the message starts with `name`.
+    """
+    if value is None:
+        return None
+    most = min(MOST_LIKELIEST, vocabulary)
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value <= most:
+        raise ValueError(
+            f"{name}: {setting} must be an integer from 0 (the token's own) to {most} (as many of the likeliest too), "
+            f"got {value!r}"
+        )
+    return int(value)
 
 
 def check_max_new_tokens(value: Any, name: str) -> None:

@@ -10,8 +10,9 @@ import torch
 
 from ..gpu import runs_triton
 from ..logits import SHAPING_WORDS, Tables
+from ..logprobs import ENTRY_WORDS
 from ..request import MOST_FRESH, MOST_MASKED
-from ..sampling import PARAMETER_WORDS
+from ..sampling import PARAMETER_WORDS, TRUNCATED_WORDS, Flavour
 
 
 # Parts that the keys of one sequence may be cut into, to be looked at side by side.
@@ -42,6 +43,9 @@ class StepArrays(NamedTuple):
     shapings: np.ndarray | torch.Tensor  # [G * SHAPING_WORDS]
     masked: np.ndarray | torch.Tensor  # [M] sequences of which only some tokens may come, then -1
     masks: np.ndarray | torch.Tensor  # [M * mask_words] a bit for each token that may
+    truncated: np.ndarray | torch.Tensor  # [C * TRUNCATED_WORDS] see `truncate`
+    scored: np.ndarray | torch.Tensor  # [S] tokens whose logits are wanted beside those of each sequence's last
+    entries: np.ndarray | torch.Tensor  # [E * ENTRY_WORDS] see `rank`; B for those that are picked, S for the others
 
     @classmethod
     def of(cls, buffer: np.ndarray | torch.Tensor, sizes: Sequence[int]) -> StepArrays:
@@ -61,22 +65,27 @@ class Bucket(NamedTuple):
     rows: int
     decode_only: bool
 
-    def sizes(self, page_size: int, programs: int, shaped: bool = False, mask_words: int = 0) -> tuple[int, ...]:
+    def sizes(self, page_size: int, programs: int, mask_words: int, flavour: Flavour) -> tuple[int, ...]:
         """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages; `programs` as for
-        `share_out`; `shaped` where the logits of a row are, `mask_words` of a mask where a row has one."""
+        `share_out`; what nobody needs has none."""
         cells = self.rows if self.decode_only else self.rows + self.tokens // page_size + SPARE_CELLS
         fresh = 0 if self.decode_only else self.rows
-        newly_shaped = min(fresh, MOST_FRESH) if shaped else 0
-        masked = min(self.rows, MOST_MASKED) if mask_words else 0
+        newly_shaped = min(fresh, MOST_FRESH) if flavour.shaped else 0
+        masked = min(self.rows, MOST_MASKED) if flavour.masked else 0
         t, r = self.tokens, self.rows
         return (
             t, t, t, r, r + 1, r, 2, r + programs, r, cells, cells, fresh, fresh * PARAMETER_WORDS,
-            r if shaped else 0, newly_shaped, newly_shaped * SHAPING_WORDS, masked, masked * mask_words,
+            r if flavour.shaped else 0, newly_shaped, newly_shaped * SHAPING_WORDS, masked, masked * mask_words,
+            flavour.truncated * TRUNCATED_WORDS, flavour.scored, self.entries(flavour) * ENTRY_WORDS,
         )  # fmt: skip
 
-    def words(self, page_size: int, programs: int, shaped: bool = False, mask_words: int = 0) -> int:
+    def entries(self, flavour: Flavour) -> int:
+        """Tokens that there is room for to get log-probabilities of the model's own."""
+        return self.rows + flavour.scored if flavour.ranked else 0
+
+    def words(self, page_size: int, programs: int, mask_words: int, flavour: Flavour) -> int:
         """Of a buffer that holds them."""
-        return sum(map(_aligned, self.sizes(page_size, programs, shaped, mask_words)))
+        return sum(map(_aligned, self.sizes(page_size, programs, mask_words, flavour)))
 
 
 def share_out(work: np.ndarray, sequences: np.ndarray, lengths: np.ndarray, programs: int) -> None:

@@ -8,6 +8,10 @@ import torch
 
 from ..gpu import runs_triton
 from . import reference
+from .truncation import TRUNCATED_WORDS, truncate
+
+
+__all__ = ["PARAMETER_WORDS", "TRUNCATED_WORDS", "Flavour", "Parameters", "pick", "truncate"]
 
 
 # One word each of a row's sampling parameters; temperature, top-p and min-p are float32 bits.
@@ -22,6 +26,9 @@ class Flavour(NamedTuple):
     logprobs: bool = False
     shaped: bool = False
     masked: bool = False
+    truncated: int = 0  # rows with rare rules that there is room for: see `truncation`
+    ranked: bool = False  # log-probabilities of the model's own
+    scored: int = 0  # tokens of prompts, whose own are wanted, that there is room for
 
 
 class Parameters(NamedTuple):

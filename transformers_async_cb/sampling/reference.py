@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from . import Flavour, Parameters
+    from .truncation import Truncation
 
 # Rows that are picked at once: each takes a dozen times its logits while it is.
 _SLICE = 128
@@ -51,7 +52,7 @@ def _pick(
     return ids.int(), scores.gather(1, ids[:, None])[:, 0] - scores.logsumexp(-1)
 
 
-def kept(logits: torch.Tensor, parameters: Parameters) -> torch.Tensor:
+def kept(logits: torch.Tensor, parameters: Parameters | Truncation) -> torch.Tensor:
     """Which tokens may be drawn, bool `[R, V]`: transformers' `TopKLogitsWarper`, `TopPLogitsWarper` and
     `MinPLogitsWarper`, one after the other.
 

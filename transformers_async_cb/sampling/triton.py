@@ -72,7 +72,7 @@ def pick(
 
 
 @triton.jit
-def _key(x, EMPTY_BITS: tl.constexpr):
+def order_key(x, EMPTY_BITS: tl.constexpr):
     """int32 in the order of float32 `x`: -0 as 0, NaN above all."""
     x = tl.where(x == 0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
@@ -82,7 +82,7 @@ def _key(x, EMPTY_BITS: tl.constexpr):
 
 @triton.jit
 def _lowest_key(EMPTY_BITS: tl.constexpr):
-    return _key(tl.full((), float("-inf"), tl.float32), EMPTY_BITS)
+    return order_key(tl.full((), float("-inf"), tl.float32), EMPTY_BITS)
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def _survey_kernel(
     group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
     index = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(logits + row * row_stride + index * token_stride, mask=index < vocabulary, other=float("-inf"))
-    tl.store(peaks + row * groups + group, tl.max(_key(x.to(tl.float32), EMPTY_BITS), 1), mask=group < groups)
+    tl.store(peaks + row * groups + group, tl.max(order_key(x.to(tl.float32), EMPTY_BITS), 1), mask=group < groups)
 
 
 @triton.jit
@@ -282,7 +282,7 @@ def _amount(
     for at in range(0, count, CHUNK // GROUP):
         index, there = _tokens(listed, at, count, vocabulary, LISTED, GROUP, CHUNK)
         x = tl.load(logits + index * token_stride, mask=there, other=0.0).to(tl.float32)
-        there = there & (_key(x, EMPTY_BITS) >= key)
+        there = there & (order_key(x, EMPTY_BITS) >= key)
         if MASS:
             total += tl.where(there, _mass(_below_largest(x, largest, inverse)), 0)
         else:
@@ -318,7 +318,7 @@ def _index_of(
     for at in range(0, count, CHUNK // GROUP):
         index, there = _tokens(listed, at, count, vocabulary, True, GROUP, CHUNK)
         x = tl.load(logits + index * token_stride, mask=there, other=0.0).to(tl.float32)
-        same = (there & (_key(x, EMPTY_BITS) == key)).to(tl.int32)
+        same = (there & (order_key(x, EMPTY_BITS) == key)).to(tl.int32)
         rank = seen + tl.cumsum(same, 0)
         found = tl.minimum(found, tl.min(tl.where((same > 0) & (rank == nth), index, vocabulary), 0))
         seen += tl.sum(same, 0)
@@ -351,7 +351,7 @@ def _pick_kernel(
     x = tl.load(logits + row * row_stride + index * token_stride, mask=there, other=float("-inf")).to(tl.float32)
     if bounds is not None:
         key, last, top = tl.load(bounds + 1), tl.load(bounds + 2), tl.load(bounds + 3)
-        own = _key(x, EMPTY_BITS)
+        own = order_key(x, EMPTY_BITS)
         there = there & ((own > key) | ((own == key) & (index <= last)))
         floor = tl.where(least > 0, _log(least), float("-inf"))
         scores = _below_largest(x, _value(top, EMPTY_BITS), _inverse(t))
@@ -360,7 +360,7 @@ def _pick_kernel(
     if SAMPLED:
         low, high = tl.load(seed_low + row * stride), tl.load(seed_high + row * stride)
         raced = x - t * _log(_exponential(low, high, tl.load(positions + row), index))
-    raced = tl.where(there, _key(raced, 0), -0x80000000)
+    raced = tl.where(there, order_key(raced, 0), -0x80000000)
     best = tl.max(raced, 0)
     slot = row * tl.num_programs(1) + chunk
     tl.store(found + slot, best)
