@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from transformers_async_cb import scheduler
 from transformers_async_cb.logprobs import RANKED_WORDS, PromptScores, no_words
+from transformers_async_cb.offload import Move
 from transformers_async_cb.pages import Pages
 from transformers_async_cb.request import Family, Phase, Request, Rows
 from transformers_async_cb.scheduler import MOST_FRESH, Plan, Scheduler
@@ -80,6 +81,20 @@ class Device:
         self.columns = rows.pages.shape[1]
         self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
         self.page_size = pages.page_size
+        self.on_host: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def move(self, move: Move) -> None:
+        """Copy pages to the host or back, with the row's line of the page table."""
+        rows = self.scheduler.rows
+        if not move.out:
+            self.table.reshape(-1, self.columns)[move.row] = rows.pages[move.row]
+        for column, host_page in enumerate(move.host_pages.tolist(), move.first):
+            for offset in range(self.page_size):
+                here, there = self.where(move.row, column * self.page_size + offset), (host_page, offset)
+                if move.out:
+                    self.on_host[there] = self.cache[here]
+                else:
+                    self.cache[here] = self.on_host[there]
 
     def compute(self, plan: Plan) -> np.ndarray:
         """Write each token's position and read those before it; returns the sampled ids."""
@@ -120,12 +135,25 @@ class Simulation:
     """The engine's loop with a device that only keeps books, and a look at all invariants in every turn."""
 
     def __init__(
-        self, depth: int, pages: int, page_size: int, rows: int, budget: int, longest: int, reserve: float = 0.0
+        self,
+        depth: int,
+        pages: int,
+        page_size: int,
+        rows: int,
+        budget: int,
+        longest: int,
+        reserve: float = 0.0,
+        host_pages: int = 0,
+        rng: random.Random | None = None,
     ) -> None:
         columns = min(pages, -(-longest // page_size))
         self.depth = depth
         self.rows, self.pages = Rows(rows, columns, with_logprobs=False), Pages(pages, page_size)
-        self.scheduler = Scheduler(self.rows, self.pages, budget, columns * page_size, reserve)
+        self.scheduler = Scheduler(self.rows, self.pages, budget, columns * page_size, reserve, host_pages=host_pages)
+        self.scheduler.host.note_copied(1, 0.0)
+        self.scheduler.host.pages_a_move = 2
+        self.rng = rng or random.Random(0)
+        self.moves: dict[bool, deque[Move]] = {True: deque(), False: deque()}  # out, and in
         self.device = Device(self.scheduler)
         self.flights: deque[tuple[Plan, np.ndarray]] = deque()
         self.requests: dict[str, Request] = {}
@@ -145,12 +173,25 @@ class Simulation:
             self.check_plan(plan)
             self.plans.append(plan)
             self.flights.append((plan, self.device.compute(plan)))
+        for move in self.scheduler.host.take_moves():
+            self.moves[move.out].append(move)
         self.check_books()
+        while any(self.moves.values()) and (self.rng.random() < 0.3 or (plan is None and not self.flights)):
+            self.land()
+            plan = plan or self.plans[-1]  # that something happened
         if self.flights and (plan is None or len(self.flights) == self.depth):
             self.retire()
         else:
             assert plan is not None or self.scheduler.idle, "requests wait and nothing happens"
         self.outputs += self.scheduler.take_outputs()
+        self.check_books()
+
+    def land(self) -> None:
+        """One of the two first moves is done: as late as may be, for one out whose pages are taken too early to show,
+        and for one in that is waited for too little."""
+        move = self.rng.choice([moves for moves in self.moves.values() if moves]).popleft()
+        self.device.move(move)
+        self.scheduler.landed(move)
         self.check_books()
 
     def retire(self) -> None:
@@ -206,6 +247,7 @@ class Simulation:
         full = plan.tokens == self.scheduler.token_budget or plan.scores == scheduler.MOST_SCORED
         assert full or (ends == r.prefill[prompts]).all(), "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
+        assert not r.moving[rows].any() and not r.moving[plan.forks[:, 0]].any(), "pages are not there yet"
         forked = set(plan.forks[:, 2].tolist())
         assert forked <= set(plan.fresh)
         for row in plan.fresh:
@@ -213,7 +255,7 @@ class Simulation:
             assert start == prompt - 1 if row in forked else start % self.pages.page_size == 0
         let_go = {r.request[row].family for row in prompts} - {None}
         still = [place for place, request in self.scheduler.line.waiting if request.family not in let_go]
-        if plan.fresh and still:
+        if plan.fresh and still and not self.scheduler.offloaded:  # who comes from the host was let in before
             fresh = max((-r.priority[row], r.arrival[row]) for row in plan.fresh)
             assert fresh < min(still), "one that is before it in line still waits"
 
@@ -225,11 +267,18 @@ class Simulation:
         assert Pages.PADDING not in pages
         assert len(np.unique(pages)) == self.pages.count - self.pages.free
         assert r.free == r.count - len(held)
-        assert (r.page_count[held] * self.pages.page_size >= r.computed[held]).all()
+        out = r.moving & (r.phase >= Phase.PREEMPTED)
+        assert ((r.page_count * self.pages.page_size >= r.computed) | out)[held].all()
+        host = self.scheduler.host
+        kept = np.concatenate([*host._of.values(), np.empty(0, np.int64)])
+        assert len(np.unique(kept)) == len(kept) == host.count - host.free
+        assert host.under_way == sum(map(len, self.moves.values())) + len(host._moves)
         assert (r.known[held] <= r.total[held]).all()
         in_flight = np.zeros(r.count, int)
         for plan, _ in self.flights:
             in_flight[plan.rows] += 1
+        for move in (*self.moves[True], *self.moves[False], *host._moves):
+            in_flight[move.row] += 1
         assert (in_flight == r.in_flight).all()
         assert all(in_flight[row] for row in held if r.phase[row] >= Phase.PREEMPTED), "a row is held for nothing"
 
@@ -258,8 +307,9 @@ class TestRandomRuns:
         pages = -(-(longest - 1) // page_size) + rng.randint(0, spare)
         rows = rng.randint(1, min(12, pages))
         return Simulation(
-            depth, pages, page_size, rows, max(rows, rng.randint(1, 30)), longest, rng.choice((0, 0, 0.3))
-        )
+            depth, pages, page_size, rows, max(rows, rng.randint(1, 30)), longest, rng.choice((0, 0, 0.3)),
+            host_pages=rng.choice((0, 5, 1000)), rng=rng,
+        )  # fmt: skip
 
     def test_end_every_request_with_its_answer(self, rng: random.Random, depth: int) -> None:
         simulation = self.simulation(rng, depth)
@@ -347,7 +397,7 @@ class TestRandomRuns:
                 simulation.turn()
         simulation.scheduler.fail_all("told to")
         simulation.check_books()
-        assert simulation.scheduler.idle
+        assert simulation.scheduler.idle or simulation.scheduler.host.under_way
         simulation.run()
         assert simulation.results.keys() == simulation.requests.keys()
         for request_id, output in simulation.results.items():
@@ -400,6 +450,41 @@ class TestAPoolThatFitsOneRequest:
             output = simulation.results[request_id]
             assert "48" in output.error
             assert output.generated_tokens == answer_of(request)[:39]
+
+
+@DEPTH
+class TestHostPages:
+    def run_short(self, depth: int, host_pages: int, **settings) -> Simulation:
+        simulation = Simulation(depth, 60, 1, 8, 16, 50, host_pages=host_pages)
+        simulation.add(*(new_request(arrival, 10, 40, **settings) for arrival in range(6)))
+        simulation.run()
+        for request_id, request in simulation.requests.items():
+            assert simulation.results[request_id].generated_tokens == answer_of(request)
+        assert simulation.scheduler.preemptions > 0
+        return simulation
+
+    def test_save_computing_again(self, depth: int) -> None:
+        with_host, without = self.run_short(depth, 1000), self.run_short(depth, 0)
+        assert 0 < with_host.scheduler.restored <= with_host.scheduler.offloaded <= with_host.scheduler.preemptions
+        tokens, needed = sum(plan.tokens for plan in with_host.plans), 6 * 49
+        assert tokens <= needed + with_host.scheduler.preemptions
+        assert tokens < sum(plan.tokens for plan in without.plans)
+
+    def test_hold_what_there_is_room_for(self, depth: int) -> None:
+        simulation = self.run_short(depth, 7)
+        assert 0 < simulation.scheduler.offloaded < simulation.scheduler.preemptions
+
+    def test_are_for_no_request_whose_history_is_on_the_device(self, depth: int) -> None:
+        assert self.run_short(depth, 1000, shaping=np.zeros(1, np.int32)).scheduler.offloaded == 0
+
+    def test_are_not_taken_where_computing_is_cheaper(self, depth: int) -> None:
+        simulation = Simulation(depth, 60, 1, 8, 16, 50, host_pages=1000)
+        simulation.scheduler.host._copying = 1.0
+        simulation.scheduler.host.note_computed(10, 19.0)
+        simulation.add(*(new_request(arrival, 10, 40) for arrival in range(6)))
+        simulation.run()
+        assert simulation.scheduler.preemptions > 0
+        assert simulation.scheduler.offloaded == 0
 
 
 class TestPlans:

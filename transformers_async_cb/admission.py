@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .line import Line
+from .offload import HostPages
 from .pages import Pages, extend_keys
 from .request import MOST_MASKED_PROMPTS, Family, Phase, Request, Rows
 
@@ -20,11 +21,12 @@ class Admission:
 
     A request begins with what is there already. Sequences of one request share the full pages of its prompt, and each
     begins with a copy of the page that holds the rest: they compute the prompt's last token alone, whose logits are
-    wanted. Other requests hold the pages that are known to contain what they begin with.
+    wanted. Other requests hold the pages that are known to contain what they begin with. One that was preempted takes
+    what it has on the host and finds nowhere else, and runs when that has come in.
 
     Args:
         line (`Line`): who waits.
-        rows (`Rows`), pages (`Pages`): the books.
+        rows (`Rows`), pages (`Pages`), host (`HostPages`): the books.
         max_tokens (`int`): positions one request may use.
         reserve (`int`): pages that are left free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
@@ -36,6 +38,7 @@ class Admission:
         line: Line,
         rows: Rows,
         pages: Pages,
+        host: HostPages,
         max_tokens: int,
         reserve: int,
         reuse: bool,
@@ -44,6 +47,7 @@ class Admission:
         self.line = line
         self.rows = rows
         self.pages = pages
+        self.host = host
         self.max_tokens = max_tokens
         self.reserve = reserve
         self.reuse = reuse
@@ -59,7 +63,8 @@ class Admission:
         has no `scores` left for its prompt, for the next step.
 
         Returns:
-            The row, and the first column of the page table that the device must be told.
+            The row, and the first column of the page table that the device must be told. A row that waits for pages
+            from the host (`rows.moving`) brings its whole line along.
         """
         r = self.rows
         while r.free and (request := self.line.first()) is not None:
@@ -75,8 +80,8 @@ class Admission:
                     f"tokens, the cache has {room} for one request",
                 )
                 continue
-            source = None
-            if request.family is not None:
+            source, kept = None, self.host.of(request)
+            if request.family is not None and not len(kept):
                 source = self._source(request)
                 if source is None and self._is_computing(request.family):
                     self.line.hold_first_back()
@@ -85,7 +90,7 @@ class Admission:
                 return None
             found = np.empty(0, np.int32)
             if source is None or tokens > request.prompt_length:  # it was preempted, and may find its own
-                found = self._find(request, most_found, coming)
+                found = self._find(request, most_found, set() if len(kept) else coming)
                 if found is None:
                     return None
             if source is not None and len(found) * self.pages.page_size >= request.prompt_length:
@@ -102,7 +107,7 @@ class Admission:
             r.pages[row, :needed] = np.concatenate([found, self.pages.take(needed - len(found))])
             r.page_count[row] = needed
             r.full_pages[row] = len(found)
-            r.computed[row] = len(found) * self.pages.page_size
+            r.computed[row] = max(len(found), len(kept)) * self.pages.page_size
             if source is not None:
                 r.stale[row] = r.stale[source]
                 self._fork(source, row)
@@ -110,9 +115,14 @@ class Admission:
                 request.family.leader = request
             if request.family is not None:
                 request.family.rows.append(row)
-            self._fresh.add(row)
             self.looked_up += tokens
-            self.reused += int(r.computed[row])
+            self.reused += len(found) * self.pages.page_size if source is None else int(r.computed[row])
+            if len(kept) > len(found):
+                r.in_flight[row] = self.host.move_in(row, request, len(found))
+                r.moving[row] = True
+                return row, needed
+            self.host.drop(request)
+            self._fresh.add(row)
             return row, 0 if source is None else len(found)
         return None
 
@@ -169,7 +179,7 @@ class Admission:
     def _source(self, request: Request) -> int | None:
         """A row whose pages have the prompt of a request, if there is one."""
         r = self.rows
-        rows = (row for row in request.family.rows if row not in self._fresh)
+        rows = (row for row in request.family.rows if row not in self._fresh and not r.moving[row])
         return next((row for row in rows if r.computed[row] >= request.prompt_length), None)
 
     def _is_computing(self, family: Family) -> bool:

@@ -17,6 +17,7 @@ from .lanes import Lanes, Slot
 from .mailbox import Mailbox
 from .metrics import Meter, Metrics
 from .model import ModelLoan
+from .offload import PageCopies
 from .pages import Pages
 from .recorder import Recorder, StepSize
 from .request import Rows
@@ -64,10 +65,14 @@ class Engine:
         rows = Rows(settings.rows, settings.columns, settings.logprobs)
         pages = Pages(settings.pages, settings.page_size)
         self.scheduler = Scheduler(
-            rows, pages, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse
-        )
+            rows, pages, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse,
+            settings.host_pages,
+        )  # fmt: skip
         self.runner = Runner(loan, shapes, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
+        self.copies: PageCopies | None = None
+        if settings.host_pages:
+            self.copies = PageCopies(self.lanes, self.runner, self.scheduler.host)
         self._weights: tuple | None = None
         self.steps = 0
         self.meter = Meter()
@@ -80,7 +85,7 @@ class Engine:
     def attach(self) -> None:
         """Take up the model, which may not be what it was: then what pages hold is not what it would compute."""
         void = self.runner.attach()
-        weights = self._loan.weights() if self.settings.reuse else None
+        weights = self._loan.weights() if self.settings.reuse or self.settings.host_pages else None
         if void or weights != self._weights:
             self.scheduler.forget()
             self._weights = weights
@@ -105,6 +110,9 @@ class Engine:
             if mailbox.pausing(self.scheduler.idle):
                 while flights:
                     self._retire(flights.popleft())
+                while self.scheduler.host.under_way:
+                    self._send_pages()
+                    self._take_pages(wait=True)
                 self._deliver(deliver)
                 self._lap("deliver")
                 self._set_clock()
@@ -115,12 +123,17 @@ class Engine:
             self._read(mailbox, wait=idle)
             self._lap("idle" if idle else "read")
 
+            self._take_pages()
             plan = self.scheduler.plan()
             self._lap("plan")
+            self._send_pages()
             if plan is not None:
                 flights.append(self._launch(plan))
             if flights and (plan is None or len(flights) == self.depth):
                 self._retire(flights.popleft())
+            elif plan is None and self.scheduler.host.under_way:
+                self._take_pages(wait=True)
+                self._lap("wait")
             elif plan is None and not self.scheduler.idle:
                 raise RuntimeError("requests wait, nothing is in flight, and nothing can be planned")
 
@@ -145,11 +158,28 @@ class Engine:
         if mailbox.hard:
             self.scheduler.fail_all("the manager was stopped before the request finished")
 
-    def _launch(self, plan: Plan) -> Flight:
+    def _send_pages(self) -> None:
+        if self.copies is not None:
+            if moves := self.scheduler.host.take_moves():
+                self._poison()  # before pages come in
+            self.copies.send(moves)
+
+    def _take_pages(self, wait: bool = False) -> None:
+        if self.copies is not None:
+            if wait:
+                self.copies.wait()
+            for move in self.copies.landed():
+                self.scheduler.landed(move)
+
+    def _poison(self) -> None:
+        """Let it show where pages are read that are free; before they may be written again."""
         emptied = self.scheduler.pages.take_emptied()
-        if self.settings.debug and emptied:  # before the launch: this step may have taken some of them again
+        if self.settings.debug and emptied:
             pages = np.concatenate(emptied)
             self.lanes.compute.run(lambda: self.runner.poison(pages))
+
+    def _launch(self, plan: Plan) -> Flight:
+        self._poison()  # this step may have taken some pages again
         key = self.runner.key_for(plan)
         slot = self.lanes.stage()
         self.runner.stage(plan, key, slot.array_in)
@@ -172,7 +202,9 @@ class Engine:
     def _retire(self, flight: Flight) -> None:
         out = self.lanes.collect(flight.slot)
         self._lap("wait", flight.step)
-        self.meter.retire(flight.plan, self.scheduler.rows, self.lanes.seconds(flight.slot))
+        seconds = self.lanes.seconds(flight.slot)
+        self.meter.retire(flight.plan, self.scheduler.rows, seconds)
+        self.scheduler.host.note_computed(flight.plan.tokens, seconds)
         self.scheduler.retire(flight.plan, *self.runner.results(flight.plan, flight.key, out))
         self._lap("retire", flight.step)
 

@@ -17,6 +17,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Block the calling thread until the lane got there; raise what made the lane fail."""
 
+    def query(self) -> bool:
+        """Whether the lane got there; raise what made the lane fail."""
+
     def seconds_after(self, earlier: Event) -> float:
         """From one event that has passed to this one, which has too; both were recorded as `timed`."""
 
@@ -68,6 +71,9 @@ class HostEvent:
 
     def synchronize(self) -> None:
         self._reached.result()
+
+    def query(self) -> bool:
+        return self._reached.done() and self._reached.result() is not None
 
     def seconds_after(self, earlier: HostEvent) -> float:
         return self._reached.result() - earlier._reached.result()
@@ -159,7 +165,7 @@ class Lanes:
 
     and for the reads: compute waits for `staged`, copy-out for `computed`, the CPU (in `collect`) for `returned`.
     What lives longer than a step (page table, last tokens, sampling parameters, the cache) is touched by the compute
-    lane alone, in its order.
+    lane alone, in its order; what `PageCopies` touches of it, that one states.
 
     Args:
         device (`torch.device`): CUDA gives streams and pinned memory, anything else one thread a lane.
@@ -171,10 +177,8 @@ class Lanes:
 
     def __init__(self, device: torch.device, words_in: int, words_out: int, poison: bool = False) -> None:
         self.device = device
-        if device.type == "cuda":
-            self.copy_in, self.compute, self.copy_out = (CudaLane(device) for _ in range(3))
-        else:
-            self.copy_in, self.compute, self.copy_out = (HostLane(n) for n in ("copy-in", "compute", "copy-out"))
+        self._all: list[Lane] = []
+        self.copy_in, self.compute, self.copy_out = (self.add(name) for name in ("copy-in", "compute", "copy-out"))
         self._poison = poison
         self._slots = [Slot(words_in, words_out, device) for _ in range(self.DEPTH)]
         self._turn = 0
@@ -183,11 +187,17 @@ class Lanes:
         if device.type == "cuda":  # the slots were allocated on the caller's stream
             torch.cuda.current_stream(device).synchronize()
 
+    def add(self, name: str) -> Lane:
+        """Another lane, which begins and ends with these."""
+        lane = CudaLane(self.device) if self.device.type == "cuda" else HostLane(name)
+        self._all.append(lane)
+        return lane
+
     def enter(self) -> None:
         """Order all later work of the lanes after what the calling thread has enqueued on its current stream."""
         if self.device.type == "cuda":
             event = torch.cuda.current_stream(self.device).record_event()
-            for lane in (self.copy_in, self.compute, self.copy_out):
+            for lane in self._all:
                 lane.wait(event)
 
     def stage(self) -> Slot:
@@ -259,5 +269,5 @@ class Lanes:
         return slot.computed.seconds_after(slot.began)
 
     def close(self) -> None:
-        for lane in (self.copy_in, self.compute, self.copy_out):
+        for lane in self._all:
             lane.close()

@@ -46,6 +46,7 @@ class Metrics:
         running (`int`): requests that hold a row.
         waiting (`int`): requests that wait for one; preempted ones wait here again.
         preempted (`int`): how often a request gave its pages back, to be computed again later.
+        offloaded (`int`), restored (`int`): how often its pages were copied to the host instead, and back.
         finished (`int`): requests that ended with all their tokens.
         failed (`int`): requests that ended with an error.
         pages_used (`int`), pages (`int`), page_size (`int`): pages of the cache that requests hold, all there are, and
@@ -67,6 +68,8 @@ class Metrics:
     running: int = 0
     waiting: int = 0
     preempted: int = 0
+    offloaded: int = 0
+    restored: int = 0
     finished: int = 0
     failed: int = 0
     pages_used: int = 0
@@ -106,6 +109,8 @@ class Metrics:
         )
         if self.preempted:
             text += f"; {self.preempted:,} preemptions"
+        if self.offloaded:
+            text += f", {self.offloaded:,} of them to the host"
         return text if self.warming_up is None else f"{text}; {self.warming_up}"
 
 
@@ -201,6 +206,8 @@ class Meter:
             running=s.rows.count - s.rows.free,
             waiting=len(s.line),
             preempted=s.preemptions,
+            offloaded=s.offloaded,
+            restored=s.restored,
             finished=self.finished,
             failed=self.failed,
             pages_used=s.pages.count - s.pages.free,

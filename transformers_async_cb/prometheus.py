@@ -34,6 +34,8 @@ _COUNTERS = {
     "requests_finished": ("finished", "Requests that ended with all their tokens"),
     "requests_failed": ("failed", "Requests that ended with an error"),
     "preemptions": ("preempted", "How often a request gave its pages back, to be computed again"),
+    "offloaded": ("offloaded", "How often the pages of such a request were copied to the host instead"),
+    "restored": ("restored", "How often they were copied back"),
     "prompt_tokens": ("looked_up", "Tokens of the requests that were let in"),
     "prompt_tokens_found": ("found", "Of those, tokens that were in the cache already"),
     "tokens_in": ("tokens_in", "Tokens of prompts that were computed"),

@@ -183,7 +183,8 @@ class Rows:
         self.known = np.zeros(count, np.int64)
         self.total = np.zeros(count, np.int64)
         self.limit = np.zeros(count, np.int64)  # `total` at which the row is done
-        self.in_flight = np.zeros(count, np.int8)  # steps launched and not yet retired
+        self.in_flight = np.zeros(count, np.int32)  # steps and moves of pages that have not come back
+        self.moving = np.zeros(count, bool)  # its pages are on their way: out if it was preempted, or back in
         self.streaming = np.zeros(count, bool)
         self.sampled = np.zeros(count, bool)  # not greedy
         self.filtered = np.zeros(count, bool)  # top-k, top-p or min-p

@@ -115,12 +115,15 @@ class Runner:
         layers: dict[Place, PagedLayer] = {}
         for place, layer in self._shapes.items():
             layers[place] = self._new_layer(layer) if layer.source is None else layers[layer.source]
-        for layer in layers.values():
-            for storage in (layer.key_pages, layer.value_pages):
-                if self._debug:
-                    storage.fill_(torch.nan)
-                storage[Pages.PADDING] = 0
         self.layers = layers
+        for storage in self.storages():
+            if self._debug:
+                storage.fill_(torch.nan)
+            storage[Pages.PADDING] = 0
+
+    def storages(self) -> list[torch.Tensor]:
+        """The pages of keys and of values of all layers: those that layers share, once."""
+        return list({id(storage): storage for layer in self.layers.values() for storage in layer}.values())
 
     def release_pages(self) -> None:
         """Free the pages, and what was captured, which points into them. The model must be given back."""
@@ -314,9 +317,8 @@ class Runner:
         self.page_table[rows] = self.page_table[from_rows]
         if self.tables is not None:
             self.tables.history[rows] = self.tables.history[from_rows]
-        for layer in self.layers.values():
-            for storage in layer:
-                storage[pages] = storage[from_pages]
+        for storage in self.storages():
+            storage[pages] = storage[from_pages]
 
     def step(self, key: StepKey, slot: Slot, words_back: int, calls: list[Call]) -> None:
         """Compute the step whose inputs were taken; what comes back goes to the slot's `device_out`. With `calls` it
@@ -394,6 +396,5 @@ class Runner:
     def poison(self, pages: np.ndarray) -> None:
         """Fill pages that nobody holds with NaN."""
         index = torch.from_numpy(pages).to(self.device)
-        for layer in self.layers.values():
-            layer.key_pages[index] = torch.nan
-            layer.value_pages[index] = torch.nan
+        for storage in self.storages():
+            storage[index] = torch.nan

@@ -15,6 +15,7 @@ from .grammars import MaskMaker
 from .inputs import SPARE_CELLS
 from .line import Line
 from .logprobs import MOST_SCORED
+from .offload import HostPages, Move
 from .pages import Pages
 from .request import MOST_FRESH, MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
 
@@ -57,8 +58,9 @@ class Scheduler:
 
     A request is admitted when all its tokens so far have pages. A prompt takes at most half of a step's budget while
     others want some of it, so that a long one holds nobody up. When a decoding row finds no page, the last in line is
-    preempted: it gives its pages back after its last step and is computed again later. The first is never preempted,
-    so a pool that fits one request finishes them all.
+    preempted: it gives its pages back after its last step and is computed again later. Where there are host pages and
+    that is cheaper, its full pages are copied there first, and back later. The first is never preempted, so a pool
+    that fits one request finishes them all.
 
     Args:
         rows (`Rows`), pages (`Pages`): the books.
@@ -66,6 +68,7 @@ class Scheduler:
         max_tokens (`int`): positions one request may use.
         reserve (`float`): share of the pages that admission leaves free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
+        host_pages (`int`): pages on the host for those that were preempted.
     """
 
     def __init__(
@@ -76,20 +79,24 @@ class Scheduler:
         max_tokens: int,
         reserve: float = 0.0,
         reuse: bool = True,
+        host_pages: int = 0,
     ) -> None:
         self.rows = rows
         self.pages = pages
+        self.host = HostPages(host_pages, pages.page_size)
         self.token_budget = token_budget
         self.max_tokens = max_tokens
         self.line = Line()
         self.admission = Admission(
-            self.line, rows, pages, max_tokens, int(reserve * pages.count), reuse, refuse=self._refuse
+            self.line, rows, pages, self.host, max_tokens, int(reserve * pages.count), reuse, refuse=self._refuse
         )
         self.prefilling: list[int] = []  # rows, in the order they were let in
+        self._restored: set[int] = set()  # rows whose parameters the device has not been told of
         self.row_of: dict[str, int] = {}
         self._next_masked = 0  # row whose turn it is, where a step has no room for all masks
         self._mask_maker: MaskMaker | None = None  # made when a request first needs it
         self.preemptions = 0
+        self.offloaded = self.restored = 0  # of those, how many were copied to the host, and back
         self.discarded = 0  # tokens sampled for requests that had ended
         self._outputs: list[GenerationOutput] = []
 
@@ -127,6 +134,7 @@ class Scheduler:
         """What pages hold is worth nothing to requests to come, as the model has changed. Nor is what running requests
         will add to theirs: it depends on what they have."""
         self.pages.forget()
+        self.host.forget()
         self.rows.stale[list(self.row_of.values())] = True
 
     def save_all(self) -> None:
@@ -136,7 +144,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.line and not self.row_of
+        return not self.line and not self.row_of and not self.host.under_way
 
     def take_outputs(self) -> list[GenerationOutput]:
         outputs, self._outputs = self._outputs, []
@@ -147,7 +155,8 @@ class Scheduler:
         held = {
             "pages": self.pages.count - self.pages.free,
             "rows": self.rows.count - self.rows.free,
-            "steps in flight": int(self.rows.in_flight.sum()),
+            "host pages": self.host.count - self.host.free,
+            "steps and moves in flight": int(self.rows.in_flight.sum()),
             "prefilling rows": len(self.prefilling),
             "requests held back": self.line.held_back,
         }
@@ -266,7 +275,7 @@ class Scheduler:
         r.phase[row] = Phase.PREEMPTED
         self._forget_prefill(row)
         if not r.in_flight[row]:
-            self._release(row)
+            self._leave(row)
         return True
 
     def _chunks(self, budget: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
@@ -286,8 +295,10 @@ class Scheduler:
                 if admitted is None:
                     break
                 row, first = admitted
-                fresh[row] = first
                 self.row_of[r.request[row].id] = row
+                if r.moving[row]:
+                    continue
+                fresh[row] = first
                 self.prefilling.append(row)
                 coming.update(r.request[row].page_keys)
                 spare -= int(r.computed[row]) // self.pages.page_size - first
@@ -306,6 +317,9 @@ class Scheduler:
             scores -= all_to_score - to_score
             if most:
                 chunks.append((row, most))
+                if row in self._restored:
+                    self._restored.remove(row)
+                    fresh[row] = int(r.page_count[row])
         done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
         self.prefilling = [row for row in self.prefilling if row not in done]
         return chunks, fresh
@@ -373,7 +387,26 @@ class Scheduler:
             self._end(row, error)
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
         for row in drained:
-            self._release(int(row))
+            self._leave(int(row))
+
+    def landed(self, move: Move) -> None:
+        """A move of pages is done."""
+        r, row = self.rows, move.row
+        self.host.under_way -= 1
+        r.in_flight[row] -= 1
+        if move.out:
+            self._keep_pages(row, move.first)
+        if r.in_flight[row]:
+            return
+        r.moving[row] = False
+        if r.phase[row] != Phase.RUNNING:
+            self._release(row)
+            return
+        self.restored += 1
+        self.host.drop(r.request[row])
+        self.admission.note_full_pages(row)
+        self._restored.add(row)
+        self.prefilling.append(row)
 
     def _note_ranked(self, plan: Plan, live: np.ndarray, ranked: np.ndarray) -> None:
         r, own = self.rows, live[plan.ranked]
@@ -470,6 +503,21 @@ class Scheduler:
         if not r.in_flight[row]:
             self._release(row)
 
+    def _leave(self, row: int) -> None:
+        """No step in flight reads the row any more: it is free, once what is worth it has been copied to the host."""
+        r = self.rows
+        preempted = r.phase[row] == Phase.PREEMPTED
+        if self.host.count and preempted and not r.shaped[row] and not r.stale[row]:  # history does not travel
+            self.admission.note_full_pages(row)
+            moves = self.host.move_out(row, r.request[row], int(r.computed[row]) // self.pages.page_size)
+            if moves:
+                self.offloaded += 1
+                r.in_flight[row] = moves
+                r.moving[row] = True
+                self._keep_pages(row, len(self.host.of(r.request[row])))
+                return
+        self._release(row)
+
     def _release(self, row: int) -> None:
         """Nothing in flight reads the row any more: its pages and the row itself are free."""
         r = self.rows
@@ -481,15 +529,24 @@ class Scheduler:
             r.save(row)
             del self.row_of[request.id]
             self.line.stand(request)
-        self.pages.give_back(r.pages[row, : r.page_count[row]].copy())
-        r.page_count[row] = 0
+        else:
+            self.host.drop(request)
+        self._keep_pages(row, 0)
         r.give_back(row)
 
+    def _keep_pages(self, row: int, count: int) -> None:
+        """Give back all pages of a row but the first `count`."""
+        r = self.rows
+        self.pages.give_back(r.pages[row, count : r.page_count[row]].copy())
+        r.page_count[row] = count
+
     def _forget_prefill(self, row: int) -> None:
+        self._restored.discard(row)
         if row in self.prefilling:
             self.prefilling.remove(row)
 
     def _refuse(self, request: Request, reason: str) -> None:
         request.finish(reason)
+        self.host.drop(request)
         self._outputs.append(request.output())
         self.line.pass_on(request)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from .attention import LayerShape, choose_backend
 from .config import AsyncBatchingConfig
@@ -19,6 +20,8 @@ from .logprobs import MOST_LIKELIEST
 from .model import ModelLoan
 from .request import Sampling
 
+
+logger = logging.get_logger(__name__)
 
 # transformers' default page size, which we cannot tell from a user's own 256, and ours.
 THEIR_PAGE_SIZE = 256
@@ -50,7 +53,6 @@ _UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
     "decode_compile_config": ((None,), "AsyncBatchingConfig(compile_layers=...) decides that"),
     "default_compile_level": ((0,), "AsyncBatchingConfig(compile_layers=...) decides that"),
     "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
-    "cpu_offload_space": ((0, None), "a preempted request is computed again"),
     "max_queue_size": ((0,), "the queue is not bounded yet"),
     "use_default_compile_configs": (
         (None, False),
@@ -290,6 +292,7 @@ class EngineSettings(NamedTuple):
     token_budget: int  # tokens in a step, at most
     columns: int  # pages of one request, at most
     max_tokens: int  # positions of one request, at most
+    host_pages: int  # for requests that were preempted
     reserve: float  # share of the pages that admission leaves free while anything runs
     backend: str
     fused: bool
@@ -321,7 +324,13 @@ def check_batching(config: ContinuousBatchingConfig) -> None:
             raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be 1 or more")
     if stated_page_size(config) < 1:
         raise ValueError(f"ContinuousBatchingConfig(page_size={stated_page_size(config)}) must be 1 or more")
-    for name in ("max_memory_percent", "safety_margin"):
+    space = config.cpu_offload_space
+    if space is not None and (isinstance(space, bool) or not isinstance(space, Real) or not 0 <= space < math.inf):
+        raise ValueError(
+            f"ContinuousBatchingConfig(cpu_offload_space={space!r}) must be a number of GiB, 0 or more, or None for "
+            "what there is"
+        )
+    for name in ("max_memory_percent", "safety_margin", "cpu_offload_space_safety_threshold"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be between 0 and 1")
@@ -379,6 +388,7 @@ def resolve_engine(
         token_budget=token_budget,
         columns=columns,
         max_tokens=min(columns * page_size, position_limit or columns * page_size),
+        host_pages=_host_pages(batching, page_bytes),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
         fused=cuda if own.fuse_projections is None else own.fuse_projections,
@@ -389,6 +399,24 @@ def resolve_engine(
         overlap=own.overlap and batching.use_async_batching is not False,
         debug=own.debug,
     )
+
+
+def _host_pages(batching: ContinuousBatchingConfig, page_bytes: int) -> int:
+    """Pages that fit in the host memory the user gives, within the share of what is available that is safe."""
+    space, share = batching.cpu_offload_space, batching.cpu_offload_space_safety_threshold
+    if space == 0:
+        return 0
+    safe = int(psutil.virtual_memory().available * share)
+    wanted = safe if space is None else int(space * 2**30)
+    if wanted > safe:
+        logger.warning(
+            f"cpu_offload_space={space} GiB is more than {share:.0%} of the host memory that is available: it becomes "
+            f"{safe / 2**30:.1f} GiB"
+        )
+        wanted = safe
+    if wanted < page_bytes:
+        logger.warning(f"cpu_offload_space={space} GiB has no room for a page of {page_bytes:,} bytes: it is off")
+    return wanted // page_bytes
 
 
 def _free_bytes(device: torch.device, share: float | None) -> int:
