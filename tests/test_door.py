@@ -59,7 +59,7 @@ UNSUPPORTED_SETTINGS = [
 ]  # fmt: skip
 UNSUPPORTED_BATCHING = [
     {"q_padding_interval_size": 64}, {"kv_padding_interval_size": 64}, {"scheduler_type": "prefill_first"},
-    {"cpu_offload_space": -1.0}, {"cpu_offload_space_safety_threshold": 1.5}, {"max_queue_size": 5},
+    {"cpu_offload_space": -1.0}, {"cpu_offload_space_safety_threshold": 1.5},
     {"num_blocks": 0}, {"max_batch_tokens": 0},
     {"max_requests_per_batch": -1}, {"max_memory_percent": 1.5}, {"safety_margin": -0.1},
 ]  # fmt: skip

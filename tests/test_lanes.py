@@ -26,7 +26,7 @@ EOS_IDS = [3, 17, 31, 50, 77, 90]
 
 
 def lane_name(lane: HostLane) -> str:
-    return lane._executor._thread_name_prefix.removeprefix("async-batching-")
+    return lane._thread.name.removeprefix("async-batching-")
 
 
 def delay(monkeypatch: pytest.MonkeyPatch, longest: dict[str, float], seed: int | None = None) -> None:

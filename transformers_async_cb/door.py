@@ -104,6 +104,11 @@ class Door:
         self._criteria, self._processors = criteria, processors
         self._config, self._overrides = copy.deepcopy(config), copy.deepcopy(overrides)
 
+    @property
+    def sampling(self) -> Sampling:
+        """How requests without settings of their own pick their tokens, all but the seed."""
+        return self._generation.sampling
+
     def names(self, count: int) -> list[str]:
         """Ids for requests that came without one: `req_0`, `req_1`, ... They count as given out once admitted."""
         names, counter = [], self._counter

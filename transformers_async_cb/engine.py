@@ -20,7 +20,7 @@ from .model import ModelLoan
 from .offload import PageCopies
 from .pages import Pages
 from .recorder import Recorder, StepSize
-from .request import Rows
+from .request import MOST_FRESH, Request, Rows, Sampling
 from .runner import Runner
 from .scheduler import Plan, Scheduler
 from .settings import EngineSettings, Workload
@@ -74,6 +74,7 @@ class Engine:
         if settings.host_pages:
             self.copies = PageCopies(self.lanes, self.runner, self.scheduler.host)
         self._weights: tuple | None = None
+        self.warm = not (settings.compiled or settings.graphs)  # or there is nothing to warm up
         self.steps = 0
         self.meter = Meter()
         self.recorder: Recorder | None = None  # set while the loop stands still, by whoever wants to know more
@@ -96,6 +97,28 @@ class Engine:
         self.scheduler.preempt_all()
         self.scheduler.forget()
         self.runner.release_pages()
+
+    def warm_up(self, sampling: Sampling) -> None:
+        """Run made-up requests that fill the largest steps, so that those are compiled and captured before anybody
+        waits for them: twice, for a step is captured when it comes the second time.
+
+        Args:
+            sampling (`Sampling`): how they pick tokens, which decides what is captured.
+        """
+        if self.warm:
+            return
+        s, new_tokens, draw = self.settings, 4, np.random.default_rng(0)
+        room = min(s.max_tokens, s.pages // s.rows * s.page_size) - new_tokens
+        length = max(1, min(s.token_budget // min(s.rows, MOST_FRESH), room))
+        for _ in range(2):
+            mailbox = Mailbox()
+            for row in range(s.rows):
+                tokens = draw.integers(self._loan.vocabulary, size=length).astype(np.int32)
+                mailbox.post(Request(f"warmup {row}", tokens, length, new_tokens, sampling, arrival=row))
+            mailbox.ask_to_stop(hard=False)
+            self.run(mailbox, deliver=lambda outputs: None)
+        self.scheduler.forget()
+        self.warm = True
 
     @torch.no_grad()
     @undisturbed()
@@ -125,6 +148,7 @@ class Engine:
 
             self._take_pages()
             plan = self.scheduler.plan()
+            mailbox.note_waiting(len(self.scheduler.line.waiting))
             self._lap("plan")
             self._send_pages()
             if plan is not None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from transformers.utils import logging
 
 from .config import AsyncBatchingConfig
+from .journal import Journal
 from .manager import CACHED, AsyncBatchingManager
 from .progress import BatchProgress
 from .prompts import Prompt, one_by_one
+from .request import Request
 from .settings import Workload
 
 
@@ -85,12 +89,18 @@ def continuous_batching_context_manager(
     **overrides: Any,
 ) -> Generator[AsyncBatchingManager]:
     """A started manager; stopped at the end of the block, at once if that ends with an exception. See
-    `init_continuous_batching`."""
+    `init_continuous_batching`.
+
+    Args:
+        warmup (`bool`): compile and capture the largest steps first, see `AsyncBatchingManager.warmup`.
+    """
     manager = init_continuous_batching(
         model, generation_config, continuous_batching_config, workload_hints,
         async_batching=async_batching, tokenizer=tokenizer, stopping_criteria=stopping_criteria,
         logits_processor=logits_processor, **overrides,
     )  # fmt: skip
+    if warmup and not manager.warmed_up:
+        manager.warmup()
     manager.start()
     try:
         yield manager
@@ -127,8 +137,11 @@ def generate_batch(
     grammar: str | Sequence[str | None] | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    request_settings: Sequence[Mapping[str, Any]] | None = None,
+    stream: bool = False,
+    resume: str | os.PathLike | None = None,
     **overrides: Any,
-) -> dict[str, GenerationOutput]:
+) -> dict[str, GenerationOutput] | Generator[GenerationOutput]:
     """Generate for all of `inputs` and return their results by request id, in the order of the inputs; where
     `num_return_sequences` asks for more than one, the others of an input follow its first.
 
@@ -136,67 +149,140 @@ def generate_batch(
     for `model.generate` (see `AsyncBatchingManager`); but `generation_config` may also be a list with one for each
     input. So may `json_schema`, `regex` and `grammar`, which say what an answer must be (see `add_request`, also for
     `logprobs` and `prompt_logprobs`). Other keyword arguments are generation settings, as for `model.generate`, and
-    hold for all.
+    hold for all. `warmup` changes nothing: the call's own first steps compile and capture what it needs.
 
-    `inputs` may be a padded batch of token ids `[B, T]` with its `attention_mask`, a dictionary of both, or, with a
-    `tokenizer`, texts and chats.
+    Args:
+        inputs: a list of prompts; a padded batch of token ids `[B, T]` with its `attention_mask`, or a dictionary of
+            both; or, with a `tokenizer`, texts and chats.
+        request_settings (`list[dict]`, *optional*): for each input a dictionary of what `manager.add_request` takes,
+            which goes before the settings of the call: `[{"seed": 1, "priority": 2}, {"max_new_tokens": 5}]`.
+        stream (`bool`): return a generator of the results as they finish. All has been checked, and the model
+            generates, when this returns; closing or dropping the generator ends what is not finished and gives the
+            model back.
+        resume (`str`, *optional*): a folder for the results as they finish (see `Journal`). The same call with the
+            same folder, after this one was killed, generates only what is missing; what is there already comes first
+            in a stream. Not on a persistent manager.
 
     Raises:
-        ValueError: an input or a setting is not valid; nothing has run then.
+        ValueError: an input or a setting is not valid, or `resume` has another run; nothing has run then.
     """
     AsyncBatchingConfig.from_flag(async_batching)
     prompts = one_by_one(inputs, attention_mask)
-    if len(prompts) == 0:
-        return {}
     configs = generation_config if isinstance(generation_config, Sequence) else None
+    settings: dict[str, Any] = {
+        "record_timestamps": record_timestamps, "json_schema": json_schema, "regex": regex, "grammar": grammar,
+        "logprobs": logprobs, "prompt_logprobs": prompt_logprobs,
+    }  # fmt: skip
     if configs is not None:
+        settings |= {"generation_config": configs, **overrides}
         generation_config = configs[0] if configs else None
-    cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
-    with nullcontext() if cached is None else cached.claimed():
-        manager = init_continuous_batching(
-            model, generation_config, continuous_batching_config, None, async_batching=async_batching,
-            tokenizer=tokenizer, stopping_criteria=stopping_criteria, logits_processor=logits_processor, **overrides,
-        )  # fmt: skip
-        # Everything is checked before anything runs, and the cache is sized for what was checked.
-        own = {} if configs is None else {"generation_config": configs, **overrides}
-        request_ids = manager.add_requests(
-            prompts,
-            record_timestamps=record_timestamps,
-            json_schema=json_schema,
-            regex=regex,
-            grammar=grammar,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            **own,
-        )
-        request_ids = manager.sequence_ids(request_ids)
-        manager.size_for_pending()
-        try:
-            manager.start()
-        except BaseException:
-            manager.destroy()
-            raise
-    finished: dict[str, GenerationOutput] = {}
-    wanted, others = set(request_ids), []
-    try:
-        with BatchProgress(len(request_ids), progress_bar) as progress:
-            while len(finished) < len(request_ids):
-                output = progress.next_result(manager)
-                if output is None:
-                    break
-                if output.request_id not in wanted:  # was added to a kept manager before this call
-                    others.append(output)
-                    continue
-                finished[output.request_id] = output
-                progress.update()
-    except BaseException:
-        manager.destroy()
-        raise
-    manager.stop(keep_for_next_session=persistent_manager)
-    manager.hand_back(others)
+    for i, own in enumerate(request_settings or ()):
+        if isinstance(own, Mapping) and own.get("streaming"):
+            raise ValueError(f"request_settings[{i}]: streaming has no meaning here, results come when they are whole")
+    init = {
+        "generation_config": generation_config, "continuous_batching_config": continuous_batching_config,
+        "async_batching": async_batching, "tokenizer": tokenizer, "stopping_criteria": stopping_criteria,
+        "logits_processor": logits_processor, **overrides,
+    }  # fmt: skip
+    request_ids, results = run_batch(
+        model, prompts, init, settings, request_settings, persistent_manager, progress_bar, resume
+    )
+    if stream:
+        return results
+    finished = {output.request_id: output for output in results}
     failed = [request_id for request_id in request_ids if finished[request_id].error is not None]
     if failed:
         logger.error(
             f"{len(failed)} of {len(request_ids)} requests failed, the first with: {finished[failed[0]].error}"
         )
     return {request_id: finished[request_id] for request_id in request_ids}
+
+
+def run_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    init: dict[str, Any],
+    settings: dict[str, Any],
+    request_settings: Sequence[Mapping[str, Any]] | None = None,
+    keep: bool = False,
+    progress_bar: bool = False,
+    resume: str | os.PathLike | None = None,
+) -> tuple[list[str], Generator[GenerationOutput]]:
+    """Check the requests of a call, all before any runs, and start them on a manager of `model`'s.
+
+    Args:
+        init (`dict`): keyword arguments of `init_continuous_batching`.
+        settings (`dict`), request_settings (`list[dict]`, *optional*): of `manager.add_requests`.
+        keep (`bool`): keep the manager on the model afterwards.
+
+    Returns:
+        The ids of all results in the order of the prompts, and the results as they finish. The manager is stopped at
+        the end of those, or when their generator is closed.
+    """
+    if len(prompts) == 0:
+        return [], (output for output in ())
+    journal = request_ids = None
+    choose: Callable[[list[Request]], list[Request]] = list
+    if resume is not None:
+        journal, request_ids = Journal(resume), [f"req_{i}" for i in range(len(prompts))]
+        batching = init["continuous_batching_config"]
+        if batching is None:
+            batching = getattr(init["generation_config"], "continuous_batching_config", None)
+        batching = batching or ContinuousBatchingConfig()
+        seed = batching.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu")) if journal.seed is None else journal.seed
+        init = init | {"continuous_batching_config": replace(batching, seed=seed)}
+
+        def choose(requests: list[Request]) -> list[Request]:
+            return journal.begin(requests, seed, manager.model_digest())
+
+    cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
+    try:
+        with nullcontext() if cached is None else cached.claimed():
+            manager = init_continuous_batching(model, **init)
+            request_ids = manager.add_batch(prompts, request_ids, settings, request_settings, choose, roomy=keep)
+            left = set(request_ids).difference(() if journal is None else journal.finished)
+            if left:
+                try:
+                    manager.start()
+                except BaseException:
+                    manager.destroy()
+                    raise
+    except BaseException:
+        if journal is not None:
+            journal.close()
+        raise
+    results = _results(manager, left, keep, BatchProgress(len(request_ids), progress_bar), journal)
+    next(results)
+    return request_ids, results
+
+
+def _results(
+    manager: AsyncBatchingManager, left: set[str], keep: bool, progress: BatchProgress, journal: Journal | None
+) -> Generator[GenerationOutput]:
+    """First `None`, so that the generator has begun and closing it stops the manager; then the results."""
+    others: list[GenerationOutput] = []
+    with progress, nullcontext() if journal is None else closing(journal):
+        try:
+            yield None
+            for output in () if journal is None else journal.finished.values():
+                progress.update()
+                yield output
+            while left and (output := progress.next_result(manager)) is not None:
+                if output.request_id not in left:  # was added to a kept manager before this call
+                    others.append(output)
+                    continue
+                left.remove(output.request_id)
+                if journal is not None:
+                    journal.add(output)
+                progress.update()
+                yield output
+        except GeneratorExit:
+            manager.stop(hard_stop=True, keep_for_next_session=keep)
+            raise
+        except BaseException:
+            manager.destroy()
+            raise
+        manager.stop(keep_for_next_session=keep)
+    manager.hand_back(others)

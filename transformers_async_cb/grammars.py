@@ -84,11 +84,15 @@ class Constraint:
     """
 
     def __init__(self, grammar: xgrammar.CompiledGrammar, ever: np.ndarray, eos_ids: Collection[int]) -> None:
+        self._grammar = grammar
         self.matcher = _xgrammar().GrammarMatcher(grammar, override_stop_tokens=list(eos_ids) or None)
         self.ever = ever
         self.mask = np.empty_like(ever)  # int32 [words]
         self.matcher.fill_next_token_bitmask(self.mask[None])
         self.mask &= ever
+
+    def __repr__(self) -> str:
+        return f"Constraint({self._grammar.grammar})"
 
     @property
     def ended(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -80,24 +82,37 @@ class HostEvent:
 
 
 class HostLane:
-    """One thread that does what a stream does. After the first piece of work that fails, none is done any more."""
+    """One thread that does what a stream does. After the first piece of work that fails, none is done any more.
+
+    Not an executor's thread: those take no more work once the interpreter begins to exit, when a loop may still run.
+    """
 
     def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"async-batching-{name}")
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(
+            target=_do_all, args=(self._queue,), name=f"async-batching-{name}", daemon=True
+        )
+        self._thread.start()
         self._error: BaseException | None = None
 
     def run(self, work: Callable[[], None]) -> None:
-        self._executor.submit(self._do, work)
+        self._queue.put(lambda: self._do(work))
 
     def record(self, timed: bool = False) -> Event:
-        return HostEvent(self._executor.submit(self._arrive))
+        reached: Future = Future()
+        self._queue.put(lambda: self._arrive(reached))
+        return HostEvent(reached)
 
     def wait(self, event: Event | None) -> None:
         if event is not None:
             self.run(event.synchronize)
 
     def close(self) -> None:
-        self._executor.shutdown(wait=True)
+        self._queue.put(None)
+        self._thread.join()
+
+    def __del__(self) -> None:
+        self._queue.put(None)  # nobody can give it work any more
 
     def _do(self, work: Callable[[], None]) -> None:
         if self._error is None:
@@ -107,10 +122,17 @@ class HostLane:
             except BaseException as error:
                 self._error = error
 
-    def _arrive(self) -> float:
-        if self._error is not None:
-            raise self._error
-        return time.perf_counter()
+    def _arrive(self, reached: Future) -> None:
+        if self._error is None:
+            reached.set_result(time.perf_counter())
+        else:
+            reached.set_exception(self._error)
+
+
+def _do_all(queue: SimpleQueue) -> None:
+    while (work := queue.get()) is not None:
+        work()
+        del work  # which holds its lane
 
 
 class Marks(NamedTuple):

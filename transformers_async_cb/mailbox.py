@@ -25,10 +25,16 @@ class Mail(NamedTuple):
 
 
 class Mailbox:
-    """What reaches the loop from other threads, and the condition it waits on when there is nothing to do."""
+    """What reaches the loop from other threads, and the condition it waits on when there is nothing to do.
 
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
+    Args:
+        bound (`int`): requests that may wait to begin before `post_in_turn` holds up whoever posts more; 0 for any
+            number.
+    """
+
+    def __init__(self, bound: int = 0) -> None:
+        self.bound = bound
+        self._condition = threading.Condition()  # reentrant
         self._mail = Mail([], [])
         self._pauses = 0
         self._drains = 0  # pauses that begin once no request is under way
@@ -40,18 +46,37 @@ class Mailbox:
         """Take mail for another run of the loop; what has been posted before it stays."""
         with self._condition:
             self._closed: str | None = None
+            self._waiting = 0  # requests that the loop has read and not begun
             self.stopping = False
             self.hard = False
 
     def post(self, *requests: Request) -> None:
         """Raises `RuntimeError` when the loop takes no more requests."""
         with self._condition:
-            if self._closed is None and self.stopping:
-                raise RuntimeError("the manager is stopping and takes no more requests")
-            if self._closed is not None:
-                raise RuntimeError(f"the manager takes no more requests: {self._closed}")
+            self.check_open()
             self._mail.requests.extend(requests)
             self._condition.notify_all()
+
+    def post_in_turn(self, request: Request) -> None:
+        """Wait until fewer than `bound` requests wait to begin, and post another. Raises as `post` does."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.has_room() or self._closed is not None or self.stopping)
+            self.check_open()
+            self._mail.requests.append(request)
+            self._condition.notify_all()
+
+    def check_open(self) -> None:
+        """Raises `RuntimeError` when the loop takes no more requests."""
+        with self._condition:
+            if self._closed is not None:
+                raise RuntimeError(f"the manager takes no more requests: {self._closed}")
+            if self.stopping:
+                raise RuntimeError("the manager is stopping and takes no more requests")
+
+    def has_room(self, count: int = 1) -> bool:
+        """Whether `count` more requests may wait to begin."""
+        with self._condition:
+            return not self.bound or len(self._mail.requests) + self._waiting + count <= self.bound
 
     def cancel(self, request: Request) -> None:
         with self._condition:
@@ -113,7 +138,15 @@ class Mailbox:
             if self._drains:
                 self._mail.requests.extend(mail.requests)
                 mail.requests.clear()
+            self._waiting += len(mail.requests)
             return mail
+
+    def note_waiting(self, count: int) -> None:
+        """Say how many requests that were read have not begun."""
+        if self.bound and count != self._waiting:
+            with self._condition:
+                self._waiting = count
+                self._condition.notify_all()
 
     def pausing(self, idle: bool) -> bool:
         """Whether to park now, when no request is under way or when some are."""
@@ -145,25 +178,25 @@ class Outbox:
     """Results on their way to whoever asks for them, by request or in the order they came."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
+        self.lock = threading.Condition()  # reentrant
         self._results: dict[str, deque[GenerationOutput]] = {}
         self._handlers: dict[str, tuple[Callable[[GenerationOutput], None], asyncio.AbstractEventLoop]] = {}
         self.open = False  # whether more may come
 
     def clear(self) -> None:
         """Forget the results that nobody has asked for."""
-        with self._condition:
+        with self.lock:
             self._results.clear()
             self._handlers.clear()
 
     def set_open(self, is_open: bool) -> None:
-        with self._condition:
+        with self.lock:
             self.open = is_open
-            self._condition.notify_all()
+            self.lock.notify_all()
 
     def put(self, outputs: list[GenerationOutput]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list] = {}
-        with self._condition:
+        with self.lock:
             for output in outputs:
                 entry = self._handlers.get(output.request_id)
                 if entry is None:
@@ -177,22 +210,27 @@ class Outbox:
                     loop.call_soon_threadsafe(_call_all, loop, calls)
                 except RuntimeError:  # the loop of whoever asked is gone; the engine's other requests go on
                     logger.warning(f"dropping {len(calls)} results, the event loop of their handlers is closed")
-            self._condition.notify_all()
+            self.lock.notify_all()
 
     def handle(self, request_id: str, callback: Callable, loop: asyncio.AbstractEventLoop) -> None:
-        with self._condition:
+        with self.lock:
             early = self._results.pop(request_id, None)
             if early is None or not early[-1].is_finished():
                 self._handlers[request_id] = (callback, loop)
             if early:  # within the lock, or a later result could overtake these
                 loop.call_soon_threadsafe(_call_all, loop, [(callback, output) for output in early])
 
+    def holds(self, request_id: str) -> bool:
+        """Whether a result of that request waits for somebody."""
+        with self.lock:
+            return request_id in self._results
+
     def get(self, request_id: str | None, timeout: float | None) -> GenerationOutput | None:
         def ready() -> bool:
             return bool(self._results) if request_id is None else request_id in self._results
 
-        with self._condition:
-            self._condition.wait_for(lambda: ready() or not self.open, timeout)
+        with self.lock:
+            self.lock.wait_for(lambda: ready() or not self.open, timeout)
             if not ready():
                 return None
             key = next(iter(self._results)) if request_id is None else request_id

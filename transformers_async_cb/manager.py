@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -32,7 +35,9 @@ from .metrics import Metrics
 from .model import ModelLoan
 from .prompts import Prompt
 from .recorder import Recorder
+from .request import Request
 from .settings import Workload, check_batching, resolve_engine
+from .streams import TokenStream
 from .timeline import Timeline, check_file, write
 
 
@@ -40,6 +45,16 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 # Where a persistent manager waits on the model; transformers' own is under another name, so neither finds the other's.
 CACHED = "_async_batching_manager"
+
+_started: weakref.WeakSet[AsyncBatchingManager] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End what still runs while threads and the device are there."""
+    for manager in list(_started):
+        if manager.is_running():
+            manager.stop(timeout=10, hard_stop=True)
 
 
 class AsyncBatchingManager:
@@ -91,13 +106,13 @@ class AsyncBatchingManager:
         self._door = Door(self._loan, self.continuous_batching_config.seed)
         self.configure(generation_config, overrides, tokenizer, stopping_criteria, logits_processor)
         self._outbox = Outbox()
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox(self.continuous_batching_config.max_queue_size)
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._recorder: Recorder | None = None
         self.choices: list[Choice] = []  # of the engine that was built last
         self._last_metrics = Metrics()  # of the engine before
-        self._lock = threading.Lock()  # of the door
+        self._lock = threading.RLock()  # of the door; a stream that is collected cancels on whatever thread this is
         self._control = threading.RLock()  # of starting, stopping and pausing
         self._pauses = 0
         self._asleep = False
@@ -139,6 +154,12 @@ class AsyncBatchingManager:
         """Offer results again that were meant for somebody else."""
         self._outbox.put(outputs)
 
+    def model_digest(self) -> tuple:
+        """What tells this model from others, the same in every process: its class, and exact sums over its weights
+        (quantised ones are not looked at)."""
+        sums = self._loan.weights()[0]
+        return type(self.model).__name__, sums if isinstance(sums, list) else None
+
     def __reduce__(self) -> tuple:
         """A kept manager hangs on its model; a copy of the model has none."""
         return type(None), ()
@@ -147,7 +168,7 @@ class AsyncBatchingManager:
 
     @property
     def warmed_up(self) -> bool:
-        return self._engine is not None
+        return self._engine is not None and self._engine.warm
 
     @property
     def longest_sequence(self) -> int:
@@ -158,12 +179,28 @@ class AsyncBatchingManager:
         return self._thread is not None and self._thread.is_alive()
 
     def warmup(self) -> None:
-        """Borrow the model and build the engine, cache included, before `start` does. A kept engine is taken up again
-        if it fits the model and the workload.
+        """Do before `start` what takes long: borrow the model, build the engine, its cache included, and compile and
+        capture what the largest steps need. A kept engine is taken up again if it fits the model and the workload.
 
         Raises:
             ValueError: the model is not supported, or there is no memory for the cache.
         """
+        with self._control:
+            if self.is_running():
+                logger.warning("the manager is running already")
+                return
+            self._prepare()
+            try:  # on a thread like the loop's, to which what is compiled is bound
+                with ThreadPoolExecutor(1, thread_name_prefix="async-batching-warmup") as executor:
+                    self._engine.lanes.enter()
+                    executor.submit(self._engine.warm_up, self._door.sampling).result()
+            except BaseException:
+                self._drop_engine()
+                self._loan.give_back()
+                raise
+
+    def _prepare(self) -> None:
+        """Borrow the model, and have an engine that fits it and the workload."""
         if self._loan.out:
             return
         self._loan.borrow()
@@ -197,7 +234,7 @@ class AsyncBatchingManager:
             if self.fatal_error is not None:
                 self._drop_engine()
                 self.fatal_error = None
-            self.warmup()
+            self._prepare()
             if self.async_config.timeline is not None:
                 self._recorder = Recorder()
             if self._recorder is not None:
@@ -206,6 +243,7 @@ class AsyncBatchingManager:
             self._mailbox.reopen()
             self._outbox.set_open(True)
             self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
+            _started.add(self)
             self._thread.start()
 
     def stop(
@@ -233,7 +271,7 @@ class AsyncBatchingManager:
             self._mailbox.ask_to_stop(hard_stop)
             if self._asleep:
                 self._end_sleep(cache=not hard_stop and bool(self._door.live))
-            if not block:
+            if not block or thread is threading.current_thread():
                 return
             thread.join(timeout)
             if thread.is_alive():
@@ -406,8 +444,9 @@ class AsyncBatchingManager:
     def _deliver(self, outputs: list[GenerationOutput]) -> None:
         if not outputs:
             return
-        self._door.let_out(output.request_id for output in outputs if output.is_finished())
-        self._outbox.put(outputs)
+        with self._outbox.lock:  # a request is live, or its result is there
+            self._door.let_out(output.request_id for output in outputs if output.is_finished())
+            self._outbox.put(outputs)
 
     # ------------------------------------------------------------------------------------------------ measuring
 
@@ -532,23 +571,20 @@ class AsyncBatchingManager:
         Returns:
             The request's id, which is also that of its first sequence.
 
+        With `ContinuousBatchingConfig(max_queue_size=...)` this waits until fewer requests than that wait to begin.
+
         Raises:
             ValueError: the prompt or a setting is not valid; the message names the request. Others go on.
             ImportError: `json_schema`, `regex` or `grammar` was given, and xgrammar is not installed.
-            RuntimeError: the manager is stopping or has failed.
+            RuntimeError: the manager is stopping or has failed, or nothing takes requests out of a full queue.
         """
-        structures = {"json_schema": [json_schema], "regex": [regex], "grammar": [grammar]}
-        self._door.compile(**structures)
-        with self._lock:
-            request_ids = [request_id] if request_id is not None else self._door.names(1)
-            requests = self._door.check(
-                request_ids, [input_ids], max_new_tokens, streaming, record_timestamps, eos_token_id, stop_strings,
-                max_time, stopping_criteria, logits_processor,
-                **structures, **per_request,
-            )  # fmt: skip
-            self._mailbox.post(*requests)
-            self._door.let_in(requests)
-        return request_ids[0]
+        settings = {
+            "max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps,
+            "eos_token_id": eos_token_id, "stop_strings": stop_strings, "max_time": max_time,
+            "stopping_criteria": stopping_criteria, "logits_processor": logits_processor,
+            "json_schema": [json_schema], "regex": [regex], "grammar": [grammar], **per_request,
+        }  # fmt: skip
+        return self._add([input_ids], None if request_id is None else [request_id], settings)[0]
 
     def add_requests(
         self,
@@ -556,20 +592,49 @@ class AsyncBatchingManager:
         max_new_tokens: int | None = None,
         streaming: bool = False,
         record_timestamps: bool = False,
+        request_settings: Sequence[Mapping[str, Any]] | None = None,
         **per_request: Any,
     ) -> list[str]:
         """Add several requests: all of them, or none if one is not valid. See `add_request`; settings hold for all,
-        but `generation_config`, `json_schema`, `regex` and `grammar` may be lists with one for each.
+        but `generation_config`, `json_schema`, `regex` and `grammar` may be lists with one for each, and
+        `request_settings` one dictionary for each, with whatever `add_request` takes, which goes before the settings
+        of all.
         """
-        self._door.compile(**{name: per_request.get(name) for name in STRUCTURES})
+        settings = {
+            "max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps,
+            **per_request,
+        }  # fmt: skip
+        return self._add(inputs, None, settings, request_settings)
+
+    def add_batch(
+        self,
+        inputs: Sequence[Prompt],
+        request_ids: list[str] | None,
+        settings: dict[str, Any],
+        request_settings: Sequence[Mapping[str, Any]] | None = None,
+        choose: Callable[[list[Request]], list[Request]] = list,
+        roomy: bool = False,
+    ) -> list[str]:
+        """Add a call's requests before the manager starts, whatever the bound of the queue, and size the cache for
+        them rather than for whatever may come.
+
+        Args:
+            roomy (`bool`): size it for somewhat larger calls too, which will follow.
+            choose (`Callable`): which of the requests to add, once all have been checked; it may raise.
+
+        Returns:
+            The ids of all sequences, chosen or not.
+        """
+        self._compile(settings, request_settings)
         with self._lock:
-            request_ids = self._door.names(len(inputs))
-            requests = self._door.check(
-                request_ids, inputs, max_new_tokens, streaming, record_timestamps, **per_request
-            )
-            self._mailbox.post(*requests)
-            self._door.let_in(requests)
-        return request_ids
+            _, requests = self._check(inputs, request_ids, settings, request_settings)
+            chosen = choose(requests)
+            self._mailbox.post(*chosen)
+            self._door.let_in(chosen)
+        self.size_for_pending()
+        if roomy:  # powers of two: however calls grow, few engines are built
+            self.workload = Workload(*(1 << (size - 1).bit_length() for size in self.workload))
+        return [request.id for request in requests]
 
     def sequence_ids(self, request_ids: list[str]) -> list[str]:
         """Those ids, each followed by those of its other sequences, as far as they have not ended."""
@@ -580,6 +645,87 @@ class AsyncBatchingManager:
         """Size the cache for the requests added so far, rather than for whatever may come."""
         lengths = [min(request.total_limit, 2**31) for request in self._mailbox.pending()]
         self.workload = Workload(len(lengths), max(lengths, default=0), sum(lengths))
+
+    def _add(
+        self,
+        inputs: Sequence[Prompt],
+        request_ids: list[str] | None,
+        settings: dict[str, Any],
+        request_settings: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[str]:
+        self._compile(settings, request_settings)
+        with self._lock:
+            request_ids, requests = self._check(inputs, request_ids, settings, request_settings)
+            at_once = self._mailbox.has_room(len(requests))
+            if at_once:
+                self._mailbox.post(*requests)
+            elif not self.is_running() or getattr(self._paused_here, "depth", 0):
+                self._mailbox.check_open()
+                raise RuntimeError(
+                    f"the queue has no room for {len(requests)} more requests (max_queue_size="
+                    f"{self._mailbox.bound}), and nothing takes any out of it before the manager runs"
+                )
+            self._door.let_in(requests)
+        if not at_once:
+            self._post_in_turn(requests)
+        return request_ids
+
+    def _compile(self, settings: dict[str, Any], request_settings: Sequence[Mapping[str, Any]] | None) -> None:
+        """Compile what answers must be without holding the lock; `_check` says what is wrong with it."""
+        self._door.compile(**{name: settings.get(name) for name in STRUCTURES})
+        for own in request_settings or ():
+            if isinstance(own, Mapping):
+                self._door.compile(**{name: own.get(name) for name in STRUCTURES})
+
+    def _post_in_turn(self, requests: list[Request]) -> None:
+        """Post requests that have been let in as the queue has room. Those that find it closed are let out again, or
+        have got their result from who closed it."""
+        posted = 0
+        try:
+            for request in requests:
+                self._mailbox.post_in_turn(request)
+                posted += 1
+        except BaseException:
+            with self._lock:
+                late = [request for request in requests[posted:] if request.finished_time < 0]
+                self._door.let_out(request.id for request in late)
+            if late:
+                raise
+
+    def _check(
+        self,
+        inputs: Sequence[Prompt],
+        request_ids: list[str] | None,
+        settings: dict[str, Any],
+        request_settings: Sequence[Mapping[str, Any]] | None,
+    ) -> tuple[list[str], list[Request]]:
+        """The ids of `inputs` and their requests, each with settings of its own. Called with the lock held; see
+        `Door.check`."""
+        request_ids = request_ids or self._door.names(len(inputs))
+        if request_settings is None:
+            return request_ids, self._door.check(request_ids, inputs, **settings)
+        if len(request_settings) != len(inputs):
+            raise ValueError(
+                f"there are {len(request_settings)} request_settings for {len(inputs)} prompts: give one for each"
+            )
+        lists = {name for name in ("generation_config", *STRUCTURES) if isinstance(settings.get(name), (list, tuple))}
+        for name in lists:
+            if len(settings[name]) != len(inputs):
+                raise ValueError(f"{name} has {len(settings[name])} entries for {len(inputs)} prompts")
+        requests: list[Request] = []
+        for i, (prompt, own) in enumerate(zip(inputs, request_settings, strict=True)):
+            if not isinstance(own, Mapping):
+                raise ValueError(f"request_settings[{i}] must be a dictionary, got {own!r}")
+            merged = {name: value[i] if name in lists else value for name, value in settings.items()} | own
+            request_ids[i] = merged.pop("request_id", request_ids[i])
+            requests += self._door.check([request_ids[i]], [prompt], **merged)
+        taken: set[str] = set()
+        for number, request in enumerate(requests, requests[0].arrival if requests else 0):
+            if request.id in taken:
+                raise ValueError(f"request {request.id}: this id is given twice")
+            taken.add(request.id)
+            request.arrival = number
+        return request_ids, requests
 
     def cancel_request(self, request_id: str) -> None:
         """End a request: its result has the tokens so far and an error that says so. The id of a request with several
@@ -613,3 +759,31 @@ class AsyncBatchingManager:
     def register_result_handler(self, request_id: str, callback: Callable[[GenerationOutput], None]) -> None:
         """Call `callback` with each result of a request, on the running asyncio loop, in place of the queue."""
         self._outbox.handle(request_id, callback, asyncio.get_running_loop())
+
+    def stream(self, request_id: str, tokenizer: PreTrainedTokenizerBase | None = None) -> TokenStream:
+        """The tokens of a request as they come, for `async for` on the running asyncio loop, in place of the queue:
+
+            request_id = manager.add_request(prompt, streaming=True)
+            async for token in manager.stream(request_id):
+                ...
+
+        Closing the iterator, or dropping it, before the end cancels the request. Results of the request that came
+        before are not lost; without `streaming=True` all tokens come at the end.
+
+        Args:
+            request_id (`str`): one that was added, and whose results nobody else takes.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): yield what each token adds to the text instead (`str`,
+                never a part of a character, special tokens left out); what they add together is
+                `tokenizer.decode(generated_tokens, skip_special_tokens=True)`.
+
+        Raises:
+            ValueError: there is no such request, or its result was taken.
+            RuntimeError: no asyncio loop is running; from the iterator, the request failed.
+        """
+        loop = asyncio.get_running_loop()
+        with self._outbox.lock:
+            if request_id not in self._door.live and not self._outbox.holds(request_id):
+                raise ValueError(f"there is no request {request_id!r}, or its result was taken already")
+            stream = TokenStream(request_id, self.cancel_request, tokenizer)
+            self._outbox.handle(request_id, stream.taker(), loop)
+        return stream

@@ -53,7 +53,6 @@ _UNSUPPORTED_BATCHING: dict[str, tuple[tuple, str]] = {
     "decode_compile_config": ((None,), "AsyncBatchingConfig(compile_layers=...) decides that"),
     "default_compile_level": ((0,), "AsyncBatchingConfig(compile_layers=...) decides that"),
     "scheduler_type": (("fifo",), "the engine schedules first come, first served"),
-    "max_queue_size": ((0,), "the queue is not bounded yet"),
     "use_default_compile_configs": (
         (None, False),
         "AsyncBatchingConfig(compile_layers=...) decides that",
@@ -324,6 +323,8 @@ def check_batching(config: ContinuousBatchingConfig) -> None:
             raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be 1 or more")
     if stated_page_size(config) < 1:
         raise ValueError(f"ContinuousBatchingConfig(page_size={stated_page_size(config)}) must be 1 or more")
+    if config.max_queue_size < 0:
+        raise ValueError(f"ContinuousBatchingConfig(max_queue_size={config.max_queue_size!r}) must be 0 (any) or more")
     space = config.cpu_offload_space
     if space is not None and (isinstance(space, bool) or not isinstance(space, Real) or not 0 <= space < math.inf):
         raise ValueError(

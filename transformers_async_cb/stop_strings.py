@@ -61,6 +61,9 @@ class StopStrings:
         for string in self._strings:
             self.last_letters |= _letters(string[-1:])
 
+    def __repr__(self) -> str:
+        return f"StopStrings({self._strings})"
+
     def end(self, tokens: np.ndarray) -> bool:
         """Whether a string ends within the last of `tokens` (int `[n]`, prompt and answer)."""
         parts = self.texts.of(tokens[max(self._first, len(tokens) - self._window) :])

@@ -27,6 +27,9 @@ class Processors:
         self._error: str | None = None
         self._failed_at = -1
 
+    def __repr__(self) -> str:
+        return f"Processors({[getattr(p, '__qualname__', type(p).__qualname__) for p in self._processors]})"
+
     def error_at(self, length: int) -> str | None:
         """Why the token after so many cannot be picked, if it cannot."""
         return self._error if self._failed_at == length else None
