@@ -25,8 +25,8 @@ from .stop_strings import StopStrings
 
 # What a request's result does not depend on, or what becomes of it: all other fields of `Request` make the run.
 _NOT_THE_RUN = {
-    "arrival", "priority", "deadline", "page_keys", "created_time", "status", "error", "started_time", "finished_time",
-    "logprobs", "timestamps", "streaming", "family",
+    "prompt_length", "arrival", "priority", "deadline", "page_keys", "created_time", "status", "error", "started_time",
+    "finished_time", "logprobs", "timestamps", "streaming", "family",
 }  # fmt: skip
 SYNC_EVERY = 1.0  # seconds
 
