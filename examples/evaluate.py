@@ -4,8 +4,8 @@
     python examples/evaluate.py
     python examples/evaluate.py --model Qwen/Qwen3-0.6B --tasks gsm8k --limit 64
 
-Runs each task with plain `generate` and with the engine, and prints the scores, and how long either generated. By default the
-model is tiny and the task, sums of two numbers, is made on the spot: nothing is downloaded.
+Runs each task with plain `generate` and with the engine, and prints the scores, and how long either generated. By
+default the model is tiny and the task, sums of two numbers, is made on the spot: nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb.engine import Engine
 from transformers_async_cb.entry_points import CACHED
 from transformers_async_cb.manager import AsyncBatchingManager
 from transformers_async_cb.request import Rows
@@ -1147,3 +1151,108 @@ class TestDeadlines:
             with pytest.raises(ValueError, match="request mine: deadline must be a number of seconds"):
                 manager.add_request([1, 2, 3], request_id="mine", deadline=deadline)
         manager.stop()
+
+
+class TestSettingsOfEachRequestOfABatch:
+    def test_are_whatever_add_request_takes(self, llama) -> None:
+        own = [
+            {"max_new_tokens": 3}, {}, {"eos_token_id": generates(PROMPT, greedy(8))[2]}, {"request_id": "mine"},
+            {"repetition_penalty": 1.8}, {"do_sample": True, "seed": 4}, {"do_sample": True, "seed": 4},
+            {"generation_config": greedy(5)}, {"max_time": 0.0},
+        ]  # fmt: skip
+        outputs = llama.generate_batch([PROMPT] * 9, greedy(8), request_settings=own, async_batching=True)
+        whole = generates(PROMPT, greedy(8))
+        tokens = [output.generated_tokens for output in outputs.values()]
+        assert tokens[0] == whole[:3]
+        assert tokens[1] == tokens[3] == whole
+        assert tokens[2] == whole[:3]
+        assert list(outputs)[3] == "mine"
+        assert tokens[4] != whole
+        assert tokens[5] == tokens[6]
+        assert tokens[7] == whole[:5]
+        assert tokens[8] == whole[:1]
+
+    @pytest.mark.parametrize(
+        ("own", "message"),
+        [
+            ([{}], "1 request_settings for 2 prompts"),
+            ([{}, 5], r"request_settings\[1\] must be a dictionary"),
+            ([{}, {"tempreature": 1}], "request req_1: unknown keyword arguments"),
+            ([{"request_id": "a"}, {"request_id": "a"}], "request a: this id is given twice"),
+            ([{"streaming": True}, {}], r"request_settings\[0\]: streaming"),
+        ],
+        ids=str,
+    )
+    def test_are_checked_before_anything_runs(self, llama, own: list, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            llama.generate_batch([PROMPT] * 2, greedy(8), request_settings=own, async_batching=True)
+
+    def test_go_with_priorities(self, llama) -> None:
+        order = [
+            output.request_id
+            for output in llama.generate_batch(
+                [PROMPT] * 4, greedy(4), batching(max_requests_per_batch=1, max_batch_tokens=32), async_batching=True,
+                request_settings=[{"priority": priority} for priority in (0, 5, -1, 5)], stream=True,
+            )
+        ]  # fmt: skip
+        assert order == ["req_1", "req_3", "req_0", "req_2"]
+
+
+class TestWarmingUp:
+    def test_runs_the_largest_steps_and_leaves_no_trace(self, llama, monkeypatch) -> None:
+        manager = llama.init_continuous_batching(
+            greedy(8), batching(max_requests_per_batch=4, max_batch_tokens=64, num_blocks=40, page_size=16),
+            async_batching=True,
+        )  # fmt: skip
+        manager._prepare()
+        engine, plans = manager._engine, []
+        engine.warm = False  # as where something is compiled or captured
+        plan = engine.scheduler.plan
+        monkeypatch.setattr(engine.scheduler, "plan", lambda: plans.append(plan()) or plans[-1])
+        manager.warmup()
+        assert manager.warmed_up
+        assert max(plan.tokens for plan in plans if plan is not None) == 64
+        assert sum(plan.decodes == len(plan.rows) == 4 for plan in plans if plan is not None) >= 4
+        assert engine.scheduler.pages.free == engine.scheduler.pages.count
+        count = len(plans)
+        manager.warmup()
+        assert len(plans) == count
+        manager.add_request(PROMPT)
+        manager.start()
+        assert ended(manager.get_result(timeout=PATIENCE)).generated_tokens == generates(PROMPT, greedy(8))
+        assert manager._engine is engine
+        manager.stop()
+
+    def test_that_fails_gives_the_model_back(self, llama, monkeypatch) -> None:
+        manager = new_manager(llama)
+        monkeypatch.setattr(Engine, "warm_up", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            manager.warmup()
+        llama(torch.tensor([PROMPT]))
+        assert engine_threads() == []
+
+    def test_happens_before_a_context_begins_unless_told_not_to(self, llama, monkeypatch) -> None:
+        warmed = []
+        monkeypatch.setattr(Engine, "warm_up", lambda *_: warmed.append(True))
+        monkeypatch.setattr(AsyncBatchingManager, "warmed_up", False)
+        with started(llama, warmup=False):
+            assert not warmed
+        with started(llama):
+            assert warmed
+
+
+class TestTheEndOfTheInterpreter:
+    def test_is_quiet_while_a_manager_runs(self) -> None:
+        script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from conftest import greedy, new_model
+manager = new_model("llama").init_continuous_batching(greedy(100_000), async_batching=True)
+manager.start()
+manager.add_request([1, 2, 3], streaming=True)
+manager.get_result()
+"""
+        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert process.returncode == 0
+        assert "Traceback" not in process.stderr, process.stderr
+        assert "async" not in process.stderr, process.stderr
