@@ -91,6 +91,15 @@ class TestARunThatIsResumed:
         assert answers(run(llama, tmp_path)) == whole
         assert len({line["request_id"] for line in lines(tmp_path)[1:]}) == len(lines(tmp_path)) - 1 == 12
 
+    def test_goes_on_within_the_sequences_of_a_prompt(self, llama, tmp_path) -> None:
+        several = {"config": SAMPLED, "prompts": PROMPTS[:4], "num_return_sequences": 3}
+        torch.manual_seed(5)
+        whole = answers(run(llama, None, **several))
+        torch.manual_seed(5)
+        begun(llama, tmp_path, 4, **several)
+        assert answers(run(llama, tmp_path, **several)) == whole
+        assert len(whole) == 12
+
     def test_tries_failed_requests_again(self, llama, tmp_path) -> None:
         def impatient(ids: torch.Tensor, scores: None) -> bool:
             raise ValueError("not now")
@@ -111,6 +120,7 @@ class TestAnotherRun:
             ({"config": GenerationConfig(do_sample=True, max_new_tokens=12)}, "other sampling:"),
             ({"repetition_penalty": 1.5}, "other shaping:"),
             ({"stopping_criteria": [print]}, "other stopping_criteria:"),
+            ({"logits_processor": [lambda ids, scores: scores]}, "other shaping, processors:"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
@@ -144,7 +154,7 @@ class TestAnotherRun:
 def test_every_field_of_a_request_is_either_of_the_run_or_not() -> None:
     of_the_run = {
         "id", "tokens", "max_new_tokens", "sampling", "eos_ids", "stop_strings", "max_time",
-        "stopping_criteria", "shaping", "record_timestamps",
+        "stopping_criteria", "shaping", "processors", "constraint", "record_timestamps",
     }  # fmt: skip
     assert set(Request.__dataclass_fields__) == of_the_run | _NOT_THE_RUN
 
