@@ -118,6 +118,8 @@ class Engine:
             mailbox.ask_to_stop(hard=False)
             self.run(mailbox, deliver=lambda outputs: None)
         self.scheduler.forget()
+        self.meter = Meter()
+        self.scheduler.admission.looked_up = self.scheduler.admission.reused = 0
         self.warm = True
 
     @torch.no_grad()
@@ -148,7 +150,7 @@ class Engine:
 
             self._take_pages()
             plan = self.scheduler.plan()
-            mailbox.note_waiting(len(self.scheduler.line.waiting))
+            mailbox.note_waiting(len(self.scheduler.line))
             self._lap("plan")
             self._send_pages()
             if plan is not None:
