@@ -176,6 +176,20 @@ class TestSampling:
         assert torch.equal(ours[:, :width], BATCH["input_ids"].repeat_interleave(3, 0))
         assert len({tuple(row) for row in ours[:3, width:].tolist()}) == 3
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"temperature": 0.7, "top_k": 11, "top_p": 0.9, "min_p": 0.01},
+            {"typical_p": 0.9, "epsilon_cutoff": 0.001, "eta_cutoff": 0.003, "top_h": 0.6},
+        ],
+        ids=str,
+    )
+    def test_takes_its_settings_for_those_of_the_call(self, llama, settings: dict[str, float]) -> None:
+        ours = llama.generate(
+            **BATCH, do_sample=True, max_new_tokens=4, custom_generate=transformers_async_cb.generate, **settings
+        )
+        assert ours.shape[1] == BATCH["input_ids"].shape[1] + 4
+
 
 class TestBetweenCalls:
     def test_the_engine_is_kept(self, llama) -> None:

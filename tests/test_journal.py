@@ -91,6 +91,14 @@ class TestARunThatIsResumed:
         assert answers(run(llama, tmp_path)) == whole
         assert len({line["request_id"] for line in lines(tmp_path)[1:]}) == len(lines(tmp_path)) - 1 == 12
 
+    def test_keeps_log_probabilities(self, llama, tmp_path) -> None:
+        asked = {"logprobs": 2, "prompt_logprobs": 1}
+        whole = run(llama, tmp_path, **asked)
+        for request_id, output in run(llama, tmp_path, **asked).items():
+            assert output.top_logprobs == whole[request_id].top_logprobs
+            assert output.prompt_logprobs == whole[request_id].prompt_logprobs
+            assert len(output.top_logprobs) == 12
+
     def test_goes_on_within_the_sequences_of_a_prompt(self, llama, tmp_path) -> None:
         several = {"config": SAMPLED, "prompts": PROMPTS[:4], "num_return_sequences": 3}
         torch.manual_seed(5)
@@ -120,6 +128,8 @@ class TestAnotherRun:
             ({"config": GenerationConfig(do_sample=True, max_new_tokens=12)}, "other sampling:"),
             ({"repetition_penalty": 1.5}, "other shaping:"),
             ({"stopping_criteria": [print]}, "other stopping_criteria:"),
+            ({"logprobs": 2}, "other ranked:"),
+            ({"prompt_logprobs": 2}, "other prompt_scores:"),
             ({"logits_processor": [lambda ids, scores: scores]}, "other shaping, processors:"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -154,7 +164,7 @@ class TestAnotherRun:
 def test_every_field_of_a_request_is_either_of_the_run_or_not() -> None:
     of_the_run = {
         "id", "tokens", "max_new_tokens", "sampling", "eos_ids", "stop_strings", "max_time",
-        "stopping_criteria", "shaping", "processors", "constraint", "record_timestamps",
+        "stopping_criteria", "shaping", "processors", "constraint", "record_timestamps", "ranked", "prompt_scores",
     }  # fmt: skip
     assert set(Request.__dataclass_fields__) == of_the_run | _NOT_THE_RUN
 

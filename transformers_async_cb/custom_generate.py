@@ -33,6 +33,10 @@ _PROCESSORS = {
     "TopKLogitsWarper": ("top_k", "top_k"),
     "TopPLogitsWarper": ("top_p", "top_p"),
     "MinPLogitsWarper": ("min_p", "min_p"),
+    "TopHLogitsWarper": ("top_h", "top_h"),
+    "TypicalLogitsWarper": ("mass", "typical_p"),
+    "EpsilonLogitsWarper": ("epsilon", "epsilon_cutoff"),
+    "EtaLogitsWarper": ("epsilon", "eta_cutoff"),
     "RepetitionPenaltyLogitsProcessor": ("penalty", "repetition_penalty"),
     "NoRepeatNGramLogitsProcessor": ("ngram_size", "no_repeat_ngram_size"),
     "NoBadWordsLogitsProcessor": ("bad_word_ids", "bad_words_ids"),
@@ -236,14 +240,15 @@ def _refuse_processors(processors: LogitsProcessorList, config: GenerationConfig
 
 
 def _plain(setting: Any) -> Any:
-    """A setting as lists, for processors keep what configs have in other forms; one token as a list of one."""
+    """A setting as lists of numbers in single precision, for processors keep what configs have in other forms; one
+    token as a list of one."""
     if isinstance(setting, torch.Tensor):
         setting = setting.tolist()
     if isinstance(setting, Mapping):
         setting = setting.items()
     if isinstance(setting, Iterable):
         return [_plain(part)[0] if isinstance(part, int) else _plain(part) for part in setting]
-    return [setting]
+    return [float(np.float32(setting)) if isinstance(setting, float) else setting]
 
 
 def _refuse_inputs(model_kwargs: dict[str, Any], mask: torch.Tensor | None) -> None:

@@ -19,6 +19,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from .grammars import Constraint
 from .logits import Processors
+from .logprobs import PromptScores
 from .request import Request
 from .stop_strings import StopStrings
 
@@ -169,7 +170,9 @@ def _digest(parts: Iterable[str | bytes]) -> str:
 def _spell(value: Any) -> str | bytes:
     """A setting of a request, the same in every process."""
     if isinstance(value, np.ndarray):
-        return value.tobytes()
+        return repr(value.shape).encode() + value.tobytes()
+    if isinstance(value, PromptScores):  # of which nothing is there yet
+        return repr(value.words.shape)
     if value is None or isinstance(value, (bool, int, float, str, StopStrings, Constraint, Processors)):
         return repr(value)
     if isinstance(value, tuple):
