@@ -177,6 +177,22 @@ class TestOffloading:
         assert forgotten[0] > 0
         assert all(output.error is None for output in manager)
 
+    def test_goes_on_after_a_sleep(self, llama, monkeypatch: pytest.MonkeyPatch) -> None:
+        delay(monkeypatch, dict.fromkeys(PAGE_LANES, 0.005), seed=3)
+        prompts = random_prompts(12, longest=40, shortest=30, seed=5)
+        manager = short_manager(llama, 40)
+        manager.add_requests(prompts)
+        manager.start()
+        scheduler = manager._engine.scheduler
+        while not scheduler.offloaded:
+            time.sleep(0.001)
+        manager.sleep()
+        assert scheduler.host.free == scheduler.host.count
+        manager.wake()
+        manager.stop()
+        assert scheduler.restored > 0
+        assert tokens({output.request_id: output for output in manager}) == answers(prompts, 40)
+
 
 @pytest.mark.usefixtures("cheap_copies")
 class TestEdges:

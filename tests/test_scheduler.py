@@ -769,7 +769,8 @@ class TestFamilies:
         page_size, reuse = rng.choice((1, 2, 3, 4, 8)), rng.random() < 0.5
         pages = -(-39 // page_size) + rng.randint(0, 15)
         rows = rng.randint(1, min(10, pages))
-        simulation = Simulation(depth, pages, page_size, rows, max(rows, rng.randint(1, 30)), 40)
+        budget, host_pages = max(rows, rng.randint(1, 30)), rng.choice((0, 5, 1000))
+        simulation = Simulation(depth, pages, page_size, rows, budget, 40, host_pages=host_pages, rng=rng)
         simulation.scheduler.admission.reuse = reuse
         coming, cancelled = deque(), set()
         for arrival in range(14):

@@ -94,8 +94,7 @@ class HostPages:
         self._free[self._of.pop(request, [])] = True
 
     def forget(self) -> None:
-        """What host pages hold is worth nothing any more: the weights have changed."""
-        assert not self.under_way, "pages are on their way"
+        """What host pages hold is worth nothing any more, as the model has changed. None of them may be on its way."""
         self._of.clear()
         self._free[:] = True
 
@@ -151,9 +150,9 @@ class PageCopies:
     |----------------------|--------------------------------------------------|--------------------------------------|
     | out: pages, line     | read when the steps that wrote them are done     | sent after the row's last retire     |
     | the same             | rewritten when the gather that read them is done | given back when landed               |
-    | in: pages            | written when the steps that read them last (a    | pages-in waits for compute as it was |
+    | in: pages, line      | written when the steps that read them last (a    | pages-in waits for compute as it was |
     |                      | fork may, of an owner that has left) are done    | when the pages were taken            |
-    | in: pages, line      | read when the scatter is done                    | no plan or fork before it has landed |
+    | the same             | read when the scatter is done                    | no plan or fork before it has landed |
     | in: `rows.pages`     | rewritten when the copy that read it is done     | only planned rows get more pages     |
     | staging              | rewritten when the move that used it is done     | one a lane, in the lane's own order  |
     | host pages           | read when the move out is done                   | in line only when all have landed    |
