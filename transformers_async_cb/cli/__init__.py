@@ -7,10 +7,10 @@ import argparse
 from transformers.utils import logging
 
 from .. import __version__
-from . import bench, demo, doctor, run, serve, timeline
+from . import bench, demo, doctor, models, run, serve, timeline
 
 
-COMMANDS = (demo, run, serve, timeline, doctor, bench)
+COMMANDS = (demo, run, serve, timeline, doctor, bench, models)
 
 
 def main(arguments: list[str] | None = None) -> None:

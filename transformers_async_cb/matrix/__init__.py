@@ -1,0 +1,8 @@
+"""Every architecture of the installed transformers against `model.generate`."""
+
+from .processes import judge_all
+from .small import model_types
+from .verdict import FAILING, Verdict, judge
+
+
+__all__ = ["FAILING", "Verdict", "judge", "judge_all", "model_types"]
