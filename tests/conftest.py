@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import transformers_async_cb
+from transformers_async_cb import self_check
 
 
 torch.set_num_threads(1)  # models this small lose by more
@@ -147,6 +148,14 @@ def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def llama() -> PreTrainedModel:
     """The shared Llama, for tests of what does not depend on the model."""
     return shared_model("llama")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which models have passed their check is noted beside the tests, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "FILE", tmp_path_factory.mktemp("notes") / "checked.json")
+        yield
 
 
 @pytest.fixture

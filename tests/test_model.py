@@ -103,7 +103,13 @@ class TestTheModelIsAsBefore:
         model = build("BloomForCausalLM", n_layer=2, n_head=4, hidden_size=64)
         before = state_of(model)
         with pytest.raises(ValueError):
-            batch(model)
+            batch(model, async_batching=AsyncBatchingConfig(sequential_fallback=False))
+        assert state_of(model) == before
+
+    def test_after_it_ran_one_sequence_at_a_time(self) -> None:
+        model = build("BloomForCausalLM", n_layer=2, n_head=4, hidden_size=64).train()
+        before = state_of(model)
+        batch(model, random_prompts(5, longest=30))
         assert state_of(model) == before
 
     def test_after_an_exception(self, model) -> None:

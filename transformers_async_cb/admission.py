@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .line import Line
+from .logprobs import MOST_SCORED
 from .offload import HostPages
 from .pages import Pages, extend_keys
 from .request import MOST_MASKED_PROMPTS, Family, Phase, Request, Rows
@@ -30,6 +31,7 @@ class Admission:
         max_tokens (`int`): positions one request may use.
         reserve (`int`): pages that are left free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
+        whole_prompts (`bool`): whether prompts are computed in one piece, those of one request's sequences too.
         refuse (`Callable`): ends a request that can never be let in.
     """
 
@@ -42,6 +44,7 @@ class Admission:
         max_tokens: int,
         reserve: int,
         reuse: bool,
+        whole_prompts: bool,
         refuse: Callable[[Request, str], None],
     ) -> None:
         self.line = line
@@ -51,16 +54,18 @@ class Admission:
         self.max_tokens = max_tokens
         self.reserve = reserve
         self.reuse = reuse
+        self.whole_prompts = whole_prompts
         self.looked_up = 0  # tokens of requests when they were let in
         self.reused = 0  # of those, tokens whose keys and values were there
         self._refuse = refuse
         self._forks: list[tuple[int, int, int, int]] = []
         self._fresh: set[int] = set()  # rows whose page tables the device has not been told of
 
-    def admit(self, most_found: int, coming: set[bytes], scores: int) -> tuple[int, int] | None:
+    def admit(self, most_found: int, coming: set[bytes], left: int, scores: int) -> tuple[int, int] | None:
         """Give the first in line that can have one a row, and pages for all its tokens so far; of what others have
         computed, at most `most_found` pages. If its next pages are `coming`, the line waits for them, and if the step
-        has no `scores` left for its prompt, for the next step.
+        has no `scores` left for its prompt, or not enough of them or of tokens for one that is not cut, for the next
+        step.
 
         Returns:
             The row, and the first column of the page table that the device must be told. A row that waits for pages
@@ -81,7 +86,18 @@ class Admission:
                 )
                 continue
             source, kept = None, self.host.of(request)
-            if request.family is not None and not len(kept):
+            if self.whole_prompts:
+                to_score = request.prompt_length - 1 - request.prompt_scores.known if request.unscored else 0
+                if to_score > MOST_SCORED:
+                    self._refuse(
+                        request,
+                        f"request {request.id} asks for log-probabilities of {to_score} tokens of its prompt, of a "
+                        f"model whose prompts are computed in one piece: {MOST_SCORED} are allowed",
+                    )
+                    continue
+                if tokens > left or to_score > scores:
+                    return None
+            elif request.family is not None and not len(kept):
                 source = self._source(request)
                 if source is None and self._is_computing(request.family):
                     self.line.hold_first_back()

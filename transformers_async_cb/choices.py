@@ -64,6 +64,22 @@ def explain(
     ]  # fmt: skip
 
 
+def explain_sequential(
+    settings: EngineSettings,
+    why: str,
+    batching: ContinuousBatchingConfig,
+    own: AsyncBatchingConfig,
+    workload: Workload,
+) -> list[Choice]:
+    """The same for an engine that runs one sequence at a time; `why` is what a model on pages would lack."""
+    return [
+        Choice("sequences", "one at a time, each with a cache of its own", why),
+        Choice("cache", f"{settings.pages * settings.page_size:,} tokens", "num_blocks, or what there is memory for"),
+        _requests(settings, batching, workload),
+        Choice("overlap", _on(settings.overlap), _why_overlap(settings, own)),
+    ]
+
+
 def _cache(
     settings: EngineSettings,
     shapes: Collection[LayerShape],

@@ -35,6 +35,13 @@ class AsyncBatchingConfig:
             A file for what the host and the device did in each step, written when generation has ended: a trace that
             https://ui.perfetto.dev opens (`.json`), or a picture (`.png`, `.svg`, `.pdf`; needs matplotlib). Of a long
             run, the last 16,384 steps. `manager.trace(file)` does the same for a part of a run.
+        sequential_fallback (`bool`, *optional*, defaults to `True`):
+            Run a model that cannot be run on pages one sequence at a time, as `generate` does: slow, and said in the
+            log. `False` refuses such a model.
+        self_check (`bool`, *optional*, defaults to `True`):
+            Before a model first runs on pages, compare the logits of a few tokens with those that `generate` gets. A
+            model that has passed is remembered by its class, config and versions, in a file in Hugging Face's cache
+            directory if the check took long.
         debug (`bool`, *optional*, defaults to `False`):
             Fill pages that are given back with NaN and staging buffers with -1, so that a read after release shows
             in the results. Slow.
@@ -45,10 +52,12 @@ class AsyncBatchingConfig:
     compile_layers: bool | None = None
     fuse_projections: bool | None = None
     timeline: str | None = None
+    sequential_fallback: bool = True
+    self_check: bool = True
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("overlap", "compile_layers", "fuse_projections", "debug"):
+        for name in ("overlap", "compile_layers", "fuse_projections", "sequential_fallback", "self_check", "debug"):
             value = getattr(self, name)
             if not (isinstance(value, bool) or (value is None and name in ("compile_layers", "fuse_projections"))):
                 raise TypeError(f"{name} must be True or False, got {value!r}")

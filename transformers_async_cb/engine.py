@@ -23,6 +23,7 @@ from .recorder import Recorder, StepSize
 from .request import MOST_FRESH, Request, Rows, Sampling
 from .runner import Runner
 from .scheduler import Plan, Scheduler
+from .sequential import Opening, SequentialRunner
 from .settings import EngineSettings, Workload
 
 
@@ -53,11 +54,11 @@ class Engine:
 
     Args:
         loan (`ModelLoan`): the model, borrowed.
-        shapes (`dict`): what `loan.probe()` found.
+        found (`dict` or `Opening`): what `loan.probe()` found, or how sequences begin if they run one at a time.
         settings (`EngineSettings`): every size.
     """
 
-    def __init__(self, loan: ModelLoan, shapes: dict, settings: EngineSettings) -> None:
+    def __init__(self, loan: ModelLoan, found: dict | Opening, settings: EngineSettings) -> None:
         self.settings = settings
         self._form = loan.form()
         self._loan = loan
@@ -66,9 +67,9 @@ class Engine:
         pages = Pages(settings.pages, settings.page_size)
         self.scheduler = Scheduler(
             rows, pages, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse,
-            settings.host_pages,
+            settings.host_pages, whole_prompts=settings.sequential,
         )  # fmt: skip
-        self.runner = Runner(loan, shapes, rows, settings)
+        self.runner = (SequentialRunner if settings.sequential else Runner)(loan, found, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self.copies: PageCopies | None = None
         if settings.host_pages:
@@ -169,6 +170,7 @@ class Engine:
                 logger.info(str(self.metrics()))
             if not flights and self.scheduler.idle:
                 self.scheduler.check_books()
+                self.runner.rest()
                 if mailbox.done:
                     a = self.scheduler.admission
                     logger.info(f"{a.reused:,} of {a.looked_up:,} tokens of prompts so far were found in the cache")

@@ -25,17 +25,19 @@ from transformers import (
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
-from .choices import Choice, explain
+from . import self_check
+from .choices import Choice, explain, explain_sequential
 from .config import AsyncBatchingConfig
 from .door import Door
 from .engine import Engine
 from .grammars import STRUCTURES
 from .mailbox import Mailbox, Outbox
 from .metrics import Metrics
-from .model import ModelLoan
+from .model import ModelLoan, NotPaged
 from .prompts import Prompt
 from .recorder import Recorder
 from .request import Request
+from .sequential import Opening, resolve_sequential
 from .settings import Workload, check_batching, resolve_engine
 from .streams import TokenStream
 from .timeline import Timeline, check_file, write
@@ -111,6 +113,7 @@ class AsyncBatchingManager:
         self._thread: threading.Thread | None = None
         self._recorder: Recorder | None = None
         self.choices: list[Choice] = []  # of the engine that was built last
+        self._why_sequential = ""
         self._last_metrics = Metrics()  # of the engine before
         self._lock = threading.RLock()  # of the door; a stream that is collected cancels on whatever thread this is
         self._control = threading.RLock()  # of starting, stopping and pausing
@@ -203,27 +206,44 @@ class AsyncBatchingManager:
         """Borrow the model, and have an engine that fits it and the workload."""
         if self._loan.out:
             return
+        try:
+            self._build()
+        except NotPaged as reason:
+            if not self.async_config.sequential_fallback:
+                raise
+            logger.warning(f"one sequence at a time, each with a cache of its own, which is slow: {reason}")
+            self._loan.paged, self._why_sequential = False, str(reason)
+            self._build()
+
+    def _build(self) -> None:
         self._loan.borrow()
         try:
             # The engine's thread writes to what is made here: no inference tensors, whatever the caller's mode.
             with torch.inference_mode(False), torch.no_grad():
                 if self._engine is None or not self._engine.fits(self.workload):
                     self._drop_engine()
-                    shapes = self._loan.probe()
-                    settings = resolve_engine(
-                        self._loan, shapes.values(), self.continuous_batching_config, self.async_config, self.workload
-                    )
-                    self.choices = explain(
-                        settings, self._loan, shapes.values(), self.continuous_batching_config, self.async_config,
-                        self.workload,
-                    )  # fmt: skip
-                    for choice in self.choices:
-                        logger.info(str(choice))
-                    self._engine = Engine(self._loan, shapes, settings)
+                    self._engine = self._new_engine()
                 self._engine.attach()
         except BaseException:
             self._loan.give_back()
             raise
+
+    def _new_engine(self) -> Engine:
+        loan, configs = self._loan, (self.continuous_batching_config, self.async_config, self.workload)
+        if loan.paged:
+            found = loan.probe()
+            settings = resolve_engine(loan, found.values(), *configs)
+            if self.async_config.self_check:
+                self_check.check(loan, found, settings)
+            self.choices = explain(settings, loan, found.values(), *configs)
+        else:
+            found = Opening(self.model)
+            found.try_out()
+            settings = resolve_sequential(loan, found, *configs)
+            self.choices = explain_sequential(settings, self._why_sequential, *configs)
+        for choice in self.choices:
+            logger.info(str(choice))
+        return Engine(loan, found, settings)
 
     def start(self) -> None:
         """Begin to generate. Requests added before are taken first."""

@@ -29,6 +29,10 @@ _TRIAL_TOKENS = 40
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class NotPaged(ValueError):
+    """The model cannot be run on pages; the message says why."""
+
+
 class ModelLoan:
     """Borrows a model and gives it back.
 
@@ -37,6 +41,9 @@ class ModelLoan:
 
     Args:
         model (`PreTrainedModel`): any decoder-only model whose attention goes through `AttentionInterface`.
+
+    Attributes:
+        paged (`bool`): whether attention is ours while the model is out. Otherwise the model stays as it is.
 
     Raises:
         ValueError: the model cannot be run by this engine; the message says why.
@@ -57,6 +64,7 @@ class ModelLoan:
         self._compiled_calls: dict[nn.Module, object] = {}  # made once: it takes a while to make them
         self._products: Products | None = None
         self.out = False
+        self.paged = True
         self._refuse_unfit()
 
     def _refuse_unfit(self) -> None:
@@ -66,10 +74,6 @@ class ModelLoan:
             raise ValueError(f"{name} cannot generate: async_batching needs a transformers model with a language head")
         if model.config.is_encoder_decoder:
             raise ValueError(f"{name} is an encoder-decoder, async_batching runs decoder-only models")
-        if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise ValueError(
-                f"{name} counts positions itself (it takes no position_ids), async_batching packs sequences"
-            )
         devices = {str(p.device) for p in model.parameters()}
         if len(devices) > 1:
             raise ValueError(f"{name} is spread over {sorted(devices)}, async_batching needs it on one device")
@@ -109,6 +113,7 @@ class ModelLoan:
         """Switch the model over. Undone by `give_back`, also when this raises.
 
         Raises:
+            NotPaged: its attention cannot be replaced, or could not be told where tokens are.
             RuntimeError: the model is out on another loan.
         """
         if getattr(self.model, self._MARK, False):
@@ -123,11 +128,18 @@ class ModelLoan:
                 if isinstance(value, PreTrainedConfig):
                     self._configs.append((module, name, value))
                     setattr(module, name, copy.deepcopy(value, copies))
+        if not self.paged:
+            return
+        name = type(self.model).__name__
         try:
+            if "position_ids" not in inspect.signature(self.model.forward).parameters:
+                raise NotPaged(
+                    f"{name} counts positions itself (it takes no position_ids), async_batching packs sequences"
+                )
             self.model.set_attn_implementation(attention.NAME)
             if self.model.config._attn_implementation != attention.NAME:
-                raise ValueError(
-                    f"{type(self.model).__name__} does not let its attention be replaced (it does not go through "
+                raise NotPaged(
+                    f"{name} does not let its attention be replaced (it does not go through "
                     "AttentionInterface), which async_batching needs"
                 )
         except BaseException:
@@ -162,7 +174,7 @@ class ModelLoan:
         positions are counted).
 
         Raises:
-            ValueError: the model asks for something that is not supported.
+            NotPaged: the model asks for something that is not supported.
         """
         name, device = type(self.model).__name__, self.model.device
         count = min(_TRIAL_TOKENS, self.stated_positions or _TRIAL_TOKENS)
@@ -178,32 +190,30 @@ class ModelLoan:
                     logits = self.forward(ids, chosen, last)
                 seen.append([*probe.inputs, logits])
         except NotImplementedError as error:
-            raise ValueError(f"{name} is not supported by async_batching yet: {error}") from error
+            raise NotPaged(f"{name} is not supported by async_batching yet: {error}") from error
         except Exception as error:
-            raise ValueError(
+            raise NotPaged(
                 f"{name} is not supported by async_batching: a trial run of packed tokens without a cache failed with "
                 f"{type(error).__name__}: {error}"
             ) from error
         finally:
             self.model.set_attn_implementation(attention.NAME)
         if not probe.shapes:
-            raise ValueError(
-                f"{name} has no layer that attends through AttentionInterface, which async_batching needs"
-            )
+            raise NotPaged(f"{name} has no layer that attends through AttentionInterface, which async_batching needs")
         kept = DynamicCache(config=self.model.config).layers
         for i, (place, shape) in enumerate(probe.shapes.items()):
             layer = getattr(place.module, "layer_idx", None)
             layer = i if layer is None else layer
             forgets = getattr(kept[layer], "sliding_window", None) if layer < len(kept) else None
             if forgets not in (None, shape.window or shape.chunk):
-                raise ValueError(
+                raise NotPaged(
                     f"{name} generates with a cache that forgets all but {forgets} tokens, which its attention does "
                     "not ask for: async_batching would give other tokens than generate"
                 )
         for one, other in zip(*seen, strict=True):
             close = 1e-4 if one.dtype == torch.float32 else 2e-2
             if (one.float() - other.float()).norm() > close * one.float().norm():
-                raise ValueError(
+                raise NotPaged(
                     f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), or "
                     "counts positions itself, which async_batching does not support yet"
                 )

@@ -81,7 +81,7 @@ class Runner:
         self.mixed_rows = [-(-rows.count // 16), -(-rows.count // 4), rows.count]
         self.token_buckets = token_buckets(settings.token_budget)
 
-        kv_heads = max(shape.kv_heads for shape in shapes.values())
+        kv_heads = max((shape.kv_heads for shape in shapes.values()), default=1)
         self.programs = max(1, side_by_side(self.device) // kv_heads)
         largest = Bucket(settings.token_budget, rows.count, False)
         self.mask_words = mask_words(loan.vocabulary)
@@ -164,16 +164,19 @@ class Runner:
             else:
                 tokens = self.token_buckets[np.searchsorted(self.token_buckets, tokens)]
                 rows = next(size for size in self.mixed_rows if size >= rows)
+        return self.graphs.choose(StepKey(Bucket(tokens, rows, decode_only), self.flavour(plan)))
+
+    def flavour(self, plan: Plan) -> Flavour:
+        """What the rows of a step need."""
         truncated, scored = len(plan.truncated), plan.scores
         if self.pads and truncated:
             truncated = min(4 ** -(-(truncated - 1).bit_length() // 2), self.rows.count)
         if self.pads and scored:
             scored = min(MOST_SCORED, self.token_buckets[-1])
         ranked = scored > 0 or len(plan.ranked) > 0
-        flavour = Flavour(
+        return Flavour(
             plan.sampled, plan.filtered, self.with_logprobs, plan.shaped, plan.masked, truncated, ranked, scored
         )
-        return self.graphs.choose(StepKey(Bucket(tokens, rows, decode_only), flavour))
 
     def words(self, key: StepKey) -> int:
         """Of the packed inputs of a step."""
@@ -364,13 +367,8 @@ class Runner:
         a = self.arrays(key, self.static_in)
         tables = self.tables if key.flavour.shaped else None
         ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens, tables)
-        step = Step(
-            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
-            self.counters, key.bucket.decode_only,
-        )  # fmt: skip
-        with computing(step, self.backend):
-            keep = torch.cat([last, a.scored.long()]) if key.flavour.scored else last
-            raw = self.loan.forward(ids[None], positions[None], keep)
+        keep = torch.cat([last, a.scored.long()]) if key.flavour.scored else last
+        raw = self._forward(key, a, ids, positions, keep)
         rows, flavour = key.bucket.rows, key.flavour
         logits = raw[:rows]
         if flavour.ranked and (flavour.shaped or flavour.masked or flavour.truncated):  # which write to them
@@ -392,6 +390,20 @@ class Runner:
         if flavour.ranked:
             ranked = rank(raw, a.entries, ids).view(-1)
             self.static_out[rows * self.parts_out :][: len(ranked)] = ranked
+
+    def _forward(
+        self, key: StepKey, a: StepArrays, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of the packed tokens at `keep`, which begins with the last of each sequence: `[kept, V]`."""
+        step = Step(
+            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
+            self.counters, key.bucket.decode_only,
+        )  # fmt: skip
+        with computing(step, self.backend):
+            return self.loan.forward(ids[None], positions[None], keep)
+
+    def rest(self) -> None:
+        """Nothing runs and nothing is in flight: what requests left behind may go."""
 
     def poison(self, pages: np.ndarray) -> None:
         """Fill pages that nobody holds with NaN."""

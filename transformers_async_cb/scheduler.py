@@ -69,6 +69,8 @@ class Scheduler:
         reserve (`float`): share of the pages that admission leaves free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
         host_pages (`int`): pages on the host for those that were preempted.
+        whole_prompts (`bool`): compute prompts in one piece, sharing nothing. Then a step must have room for the
+            longest beside the rows that decode.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Scheduler:
         reserve: float = 0.0,
         reuse: bool = True,
         host_pages: int = 0,
+        whole_prompts: bool = False,
     ) -> None:
         self.rows = rows
         self.pages = pages
@@ -88,8 +91,10 @@ class Scheduler:
         self.max_tokens = max_tokens
         self.line = Line()
         self.admission = Admission(
-            self.line, rows, pages, self.host, max_tokens, int(reserve * pages.count), reuse, refuse=self._refuse
-        )
+            self.line, rows, pages, self.host, max_tokens, int(reserve * pages.count), reuse, whole_prompts,
+            refuse=self._refuse,
+        )  # fmt: skip
+        self.whole_prompts = whole_prompts
         self.prefilling: list[int] = []  # rows, in the order they were let in
         self._restored: set[int] = set()  # rows whose parameters the device has not been told of
         self.row_of: dict[str, int] = {}
@@ -285,13 +290,15 @@ class Scheduler:
         counts: list[int] = []
         fresh: dict[int, int] = {}
         spare, share, left, scores = SPARE_CELLS, max(1, budget // 2), budget, MOST_SCORED
+        if self.whole_prompts:
+            share = left
         coming: set[bytes] = set()
         if self.line:
             offering = (row for row in self.prefilling if not r.stale[row])
             coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
         while left > 0:
             if len(counts) == len(self.prefilling):
-                admitted = self.admission.admit(spare, coming, scores) if len(fresh) < MOST_FRESH else None
+                admitted = self.admission.admit(spare, coming, left, scores) if len(fresh) < MOST_FRESH else None
                 if admitted is None:
                     break
                 row, first = admitted
@@ -304,7 +311,7 @@ class Scheduler:
                 spare -= int(r.computed[row]) // self.pages.page_size - first
             row = self.prefilling[len(counts)]
             count = min(int(r.prefill[row] - r.computed[row]), share, left)
-            count, to_score = self._within(row, count, -(-scores // 2))
+            count, to_score = self._within(row, count, scores if self.whole_prompts else -(-scores // 2))
             counts.append(count)
             left -= count
             scores -= to_score

@@ -301,6 +301,7 @@ class EngineSettings(NamedTuple):
     reuse: bool
     overlap: bool
     debug: bool
+    sequential: bool = False  # one sequence at a time, with a cache object of its own
 
     def fit(self, workload: Workload) -> bool:
         """Whether an engine of these settings serves `workload` as well as a new one would."""

@@ -1,0 +1,199 @@
+"""Before a model first runs on pages: a few tokens of two requests, their logits beside those that `generate` gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import __version__
+from .attention import LayerShape, Place
+from .graphs import StepKey
+from .inputs import StepArrays
+from .lanes import Slot
+from .model import ModelLoan, NotPaged
+from .pages import Pages
+from .request import Request, Rows
+from .runner import Runner
+from .scheduler import Scheduler
+from .sequential import Opening, difference
+from .settings import EngineSettings
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+# What passed, by digest: of this process, and of others where a check took longer than so many seconds.
+_passed: set[str] = set()
+FILE = Path(HF_HOME) / "transformers_async_cb" / "checked.json"
+WORTH_NOTING = 0.5
+
+# Tokens of the shorter prompt, at least; the longer one has twice as many.
+SHORTEST = 24
+NEW_TOKENS = 4
+# Multiplications that prompts long enough for every window may take on a CPU, and on a GPU: about a second.
+_MOST_WORK = {"cpu": 2e10, "cuda": 1e14}
+# How far the logits of a sequence may be off, as a share of their size. Half precision rounds, and experts are chosen
+# anew where it does, so this is for the median.
+_CLOSE = {torch.float32: 1e-3}
+_CLOSE_ROUNDED = 0.1
+
+
+class Trial(NamedTuple):
+    """What a request got."""
+
+    tokens: list[int]  # prompt and answer
+    logits: list[torch.Tensor]  # `[V]` after the prompt, and after each token but the last
+
+
+class _NotingRunner(Runner):
+    """A runner that keeps the logits of its last step."""
+
+    def _forward(
+        self, key: StepKey, a: StepArrays, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        logits = super()._forward(key, a, ids, positions, keep)
+        self.logits = logits.clone()
+        return logits
+
+
+@torch.no_grad()
+def check(loan: ModelLoan, shapes: dict[Place, LayerShape], settings: EngineSettings) -> None:
+    """Compare, unless a model of this class and config has passed before.
+
+    Two prompts are computed packed, one of them in two chunks, then a few tokens decoded, on a small cache of the
+    check's own. Where the device can compute that many tokens in about a second, they go beyond each window.
+
+    Args:
+        loan (`ModelLoan`): the model, borrowed. It is given back in between, and borrowed again.
+        shapes (`dict`): what `loan.probe()` found.
+        settings (`EngineSettings`): of the engine to come.
+
+    Raises:
+        NotPaged: the logits differ.
+    """
+    model, begin = loan.model, time.perf_counter()
+    digest = _digest(model, settings)
+    if digest in _passed or digest in _read_file():
+        return
+    length = _prompt_length(loan, shapes)
+    prompts = [_tokens(count, loan.vocabulary) for count in (2 * length, length)]
+    trials = _on_pages(loan, shapes, settings, prompts)
+    loan.give_back()
+    loan.paged = False
+    try:
+        loan.borrow()
+        opening = Opening(model)
+        expected = [_one_by_one(opening, trial, len(prompt)) for trial, prompt in zip(trials, prompts, strict=True)]
+    except ValueError as error:
+        logger.info(f"{type(model).__name__} cannot be compared with generate: {error}")
+        return
+    finally:
+        loan.give_back()
+        loan.paged = True
+        loan.borrow()
+    for trial, logits in zip(trials, expected, strict=True):
+        off = statistics.median(difference(a, b) for a, b in zip(trial.logits, logits, strict=True))
+        if off > _CLOSE.get(model.dtype, _CLOSE_ROUNDED):
+            raise NotPaged(
+                f"{type(model).__name__} gets other logits on pages of async_batching than in generate, off by "
+                f"{off:.1%} of their size in a trial of {len(trial.tokens)} tokens"
+            )
+    _passed.add(digest)
+    if time.perf_counter() - begin > WORTH_NOTING:
+        _write_file(digest)
+
+
+def _on_pages(
+    loan: ModelLoan,
+    shapes: dict[Place, LayerShape],
+    settings: EngineSettings,
+    prompts: list[np.ndarray],
+) -> list[Trial]:
+    """What the engine computes for the prompts: the first in two chunks, the second whole beside the first of them."""
+    longest = max(map(len, prompts)) + NEW_TOKENS
+    columns = -(-longest // settings.page_size)
+    small = settings._replace(
+        pages=columns * len(prompts), rows=len(prompts), columns=columns, token_budget=max(map(len, prompts)),
+        fused=False, compiled=False, graphs=False, logprobs=False, reuse=False, host_pages=0, debug=False,
+    )  # fmt: skip
+    rows = Rows(small.rows, columns, with_logprobs=False)
+    scheduler = Scheduler(rows, Pages(small.pages, small.page_size), small.token_budget, longest, reuse=False)
+    runner = _NotingRunner(loan, shapes, rows, small)
+    runner.attach()
+    slot = Slot(runner.words_in, runner.words_out, runner.device)
+    requests = [Request(str(i), p, len(p), NEW_TOKENS, arrival=i) for i, p in enumerate(prompts)]
+    logits: dict[str, list[torch.Tensor]] = {request.id: [] for request in requests}
+    for request in requests:
+        scheduler.add(request)
+    while (plan := scheduler.plan()) is not None:
+        key = runner.key_for(plan)
+        runner.stage(plan, key, slot.array_in)
+        slot.device_in.copy_(slot.host_in)
+        runner.take(key, slot, forks=0)
+        runner.step(key, slot, words_back := runner.words_back(plan, key), calls=[])
+        for i in np.flatnonzero(plan.samples):
+            logits[rows.request[plan.rows[i]].id].append(runner.logits[i])
+        scheduler.retire(plan, *runner.results(plan, key, slot.device_out[:words_back].cpu().numpy()))
+    return [Trial(request.tokens.tolist(), logits[request.id]) for request in requests]
+
+
+def _one_by_one(opening: Opening, trial: Trial, prompt_length: int) -> list[torch.Tensor]:
+    """The logits that `generate` gets for the same tokens."""
+    sequence = opening.begin(prompt_length)
+    ids = torch.tensor([trial.tokens[:-1]], device=trial.logits[0].device)
+    pieces = [ids[:, :prompt_length], *ids[:, prompt_length:].split(1, dim=1)]
+    return [sequence.advance(piece)[0] for piece in pieces]
+
+
+def _prompt_length(loan: ModelLoan, shapes: dict[Place, LayerShape]) -> int:
+    """Tokens of the shorter prompt: beyond each window and chunk, if that is not too much work."""
+    model = loan.model
+    windows = [shape.window or shape.chunk for shape in shapes.values()]
+    work = sum(parameter.numel() for parameter in model.parameters()) * 6  # two prompts, twice
+    most = _MOST_WORK.get(model.device.type, _MOST_WORK["cpu"]) / work
+    wanted = max([SHORTEST, *(window + 3 for window in windows)])
+    positions = loan.position_limit()[0] or 2 * wanted + NEW_TOKENS
+    return int(min(max(SHORTEST, min(wanted, most)), max(1, (positions - NEW_TOKENS) // 2)))
+
+
+def _tokens(count: int, vocabulary: int) -> np.ndarray:
+    """Token ids, int32 `[count]`; the first two are often for padding."""
+    return (2 + (31 * np.arange(count)) % max(1, min(vocabulary, 512) - 2)).astype(np.int32)
+
+
+def _digest(model: PreTrainedModel, settings: EngineSettings) -> str:
+    """Of all that decides whether a model passes."""
+    of_it = (
+        type(model).__module__, type(model).__qualname__, model.config.to_json_string(use_diff=False),
+        str(model.dtype), model.device.type, settings.backend, settings.page_size,
+        transformers.__version__, torch.__version__, __version__,
+    )  # fmt: skip
+    return hashlib.blake2b(repr(of_it).encode(), digest_size=16).hexdigest()
+
+
+def _read_file() -> list[str]:
+    try:
+        return json.loads(FILE.read_text())
+    except (OSError, ValueError):
+        return []
+
+
+def _write_file(digest: str) -> None:
+    try:
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        beside = FILE.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps([*_read_file(), digest]))
+        beside.replace(FILE)
+    except OSError as error:
+        logger.info(f"that a model has passed its check is not noted in {FILE}: {error}")

@@ -1,0 +1,273 @@
+"""Models that cannot be run on pages: one sequence at a time, each with a cache of its own, as in `generate`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+
+from .config import AsyncBatchingConfig
+from .inputs import Bucket, StepArrays
+from .model import ModelLoan
+from .request import Rows
+from .runner import Runner
+from .sampling import Flavour
+from .scheduler import Plan
+from .settings import EngineSettings, Workload, resolve_engine
+
+
+# Requests that run at the same time, at most. More would make each step longer, and none of them faster.
+MOST_ROWS = 16
+# Positions of one request, at most, where the workload is not known to have longer ones.
+MOST_POSITIONS = 2**17
+# Lengths, in tokens, at which the bytes of a sequence are measured.
+_SHORT, _LONG = 16, 32
+
+
+class Sequence:
+    """One sequence, token by token: what `generate` does between two samples.
+
+    Args:
+        model (`PreTrainedModel`): it runs.
+        kwargs (`dict`): what `generate` gives it beside the ids, cache included; the sequence's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        self._model = model
+        self.kwargs = kwargs
+        self._ids: torch.Tensor | None = None
+
+    def advance(self, ids: torch.Tensor, every: bool = False) -> torch.Tensor:
+        """Logits `[1, V]` after `ids` `[1, n]`, or `[n, V]` after `every` one of them. They are the prompt at first,
+        then the token sampled last."""
+        if self._ids is None:
+            self._ids = ids
+            position = {"is_first_iteration": True, "next_sequence_length": None}
+        else:
+            self._ids = torch.cat([self._ids, ids], dim=1)
+            position = {"next_sequence_length": 1 if self.kwargs.get("use_cache") else None}
+        inputs = self._model.prepare_inputs_for_generation(self._ids, **position, **self.kwargs)
+        if every and "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0
+        outputs = self._model(**inputs, return_dict=True)
+        # The hook that models override, which loops given as `custom_generate` call too.
+        self.kwargs = self._model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        return outputs.logits[0] if every else outputs.logits[:, -1]
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors that it keeps."""
+        return sum(tensor.nbytes for tensor in _tensors(self.kwargs, set()))
+
+
+class Opening:
+    """How `generate` begins a sequence of the model, noted once; and what a sequence takes, once that was tried.
+
+    Args:
+        model (`PreTrainedModel`): on loan, as it is.
+
+    Raises:
+        ValueError: a sequence cannot be begun from tokens alone.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.kept_per_token = self.bytes_per_sequence = 0
+        with self._refusing():
+            self._kwargs = _begun_by_generate(model)
+
+    @contextmanager
+    def _refusing(self) -> Generator[None]:
+        name = type(self._model).__name__
+        try:
+            yield
+        except NotImplementedError as error:
+            raise ValueError(f"{name} is not supported by async_batching: {error}") from error
+        except Exception as error:
+            raise ValueError(
+                f"{name} is not supported by async_batching: a trial run of one sequence, as in generate, failed with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def begin(self, length: int) -> Sequence:
+        """A sequence whose first `length` tokens come at once."""
+        kwargs = copy.deepcopy(self._kwargs)
+        if (positions := kwargs.get("position_ids")) is not None:
+            steps = torch.arange(length, device=positions.device)
+            kwargs["position_ids"] = steps.expand(*positions.shape[:-1], length)
+        if (mask := kwargs.get("attention_mask")) is not None:
+            kwargs["attention_mask"] = mask.new_ones(1, length)
+        return Sequence(self._model, kwargs)
+
+    def try_out(self) -> None:
+        """Measure a sequence, and see that two that take turns get the logits that each gets alone.
+
+        Raises:
+            ValueError: they do not.
+        """
+        short, long, token = (_some_tokens(count, self._model.device) for count in (_SHORT, _LONG, 1))
+        with self._refusing():
+            alone = self.begin(_SHORT)
+            expected = [alone.advance(ids) for ids in (short, token, token)]
+            one, other = self.begin(_SHORT), self.begin(_LONG)
+            found = [one.advance(short)]
+            other.advance(long)
+            sizes = one.bytes, other.bytes
+            for _ in range(2):
+                found.append(one.advance(token))
+                other.advance(token)
+            for logits, alone_logits in zip(found, expected, strict=True):
+                if difference(logits, alone_logits) > (1e-4 if logits.dtype == torch.float32 else 2e-2):
+                    raise NotImplementedError(
+                        "it keeps something of a sequence outside of its cache, where another sequence changes it"
+                    )
+        self.kept_per_token = max(1, (sizes[1] - sizes[0]) // (_LONG - _SHORT))
+        self.bytes_per_sequence = max(0, sizes[0] - self.kept_per_token * _SHORT)
+
+
+def _begun_by_generate(model: PreTrainedModel) -> dict[str, Any]:
+    """What `generate` prepares for the model before its loop, beside the ids: an empty cache, positions, flags.
+
+    Raises:
+        NotImplementedError: there is more than can be prepared anew for other tokens.
+    """
+    begun: dict[str, Any] = {}
+
+    def note(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        begun.update(kwargs)
+        return input_ids
+
+    ids = _some_tokens(_SHORT, model.device)
+    kind = None if model.generation_config.cache_implementation is None else "dynamic"
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0, cache_implementation=kind
+    )
+    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, custom_generate=note)
+    for of_the_loop in ("logits_processor", "stopping_criteria", "generation_config"):
+        begun.pop(of_the_loop)
+    tensors = {name for name, value in begun.items() if isinstance(value, torch.Tensor)}
+    if unknown := sorted(tensors - {"position_ids", "attention_mask"}):
+        raise NotImplementedError(f"generate prepares {', '.join(unknown)} for it")
+    return begun
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far logits are from others, as a share of their size."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+def _some_tokens(count: int, device: torch.device) -> torch.Tensor:
+    """Token ids `[1, count]`; the first two are often for padding."""
+    return torch.arange(count, device=device)[None] % 2 + 2
+
+
+def _tensors(value: object, seen: set[int]) -> Iterable[torch.Tensor]:
+    """All tensors within, each once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        yield from _tensors(vars(value), seen)
+
+
+def resolve_sequential(
+    loan: ModelLoan,
+    opening: Opening,
+    batching: ContinuousBatchingConfig,
+    own: AsyncBatchingConfig,
+    workload: Workload,
+) -> EngineSettings:
+    """As `resolve_engine`, for an engine that runs one sequence at a time. Pages are not storage here: they count the
+    tokens that the sequences' caches hold. A prompt is computed in one piece, whatever `max_batch_tokens` says."""
+    settings = resolve_engine(loan, [opening], batching, own, workload)
+    rows = min(MOST_ROWS, settings.rows)
+    if batching.num_blocks is None:  # what sequences take whatever their length comes out of the same memory
+        page_bytes = settings.page_size * opening.kept_per_token
+        memory = settings.page_limit * page_bytes
+        rows = max(1, min(rows, memory // 2 // max(1, opening.bytes_per_sequence)))
+        page_limit = max(1, (memory - rows * opening.bytes_per_sequence) // page_bytes)
+        settings = settings._replace(page_limit=page_limit, pages=min(settings.pages, page_limit))
+    longest = max(min(loan.stated_positions or MOST_POSITIONS, MOST_POSITIONS), workload.longest)
+    columns = min(settings.columns, -(-longest // settings.page_size))
+    return settings._replace(
+        pages=min(settings.pages, rows * columns),
+        page_limit=min(settings.page_limit, rows * columns),
+        rows=rows,
+        row_limit=rows,
+        columns=columns,
+        max_tokens=min(settings.max_tokens, columns * settings.page_size),
+        token_budget=columns * settings.page_size + rows,
+        fused=False,
+        compiled=False,
+        graphs=False,
+        reuse=False,
+        host_pages=0,
+        sequential=True,
+    )
+
+
+class SequentialKey(NamedTuple):
+    """One step, as `SequentialRunner` needs it: nothing of it is made for another."""
+
+    bucket: Bucket
+    flavour: Flavour
+    rows: tuple[int, ...]
+    counts: tuple[int, ...]  # tokens of each
+    fresh: tuple[int, ...]  # rows that begin
+    free: tuple[int, ...]  # rows that nobody has
+
+
+class SequentialRunner(Runner):
+    """Runs plans one sequence after another. What a sequence keeps is dropped when its request has given up its row,
+    so a preempted request is computed again, as with pages.
+
+    Args:
+        loan (`ModelLoan`): the model, borrowed as it is.
+        opening (`Opening`): how its sequences begin.
+        rows (`Rows`): the running requests.
+        settings (`EngineSettings`): every size.
+    """
+
+    def __init__(self, loan: ModelLoan, opening: Opening, rows: Rows, settings: EngineSettings) -> None:
+        super().__init__(loan, {}, rows, settings)
+        self.pads = False
+        self._opening = opening
+        self._sequences: dict[int, Sequence] = {}  # by row; the compute lane's
+
+    def key_for(self, plan: Plan) -> SequentialKey:
+        free = tuple(row for row, request in enumerate(self.rows.request) if request is None)
+        bucket = Bucket(plan.tokens, len(plan.rows), plan.decodes == len(plan.rows))
+        rows, counts = tuple(plan.rows.tolist()), tuple(plan.counts.tolist())
+        return SequentialKey(bucket, self.flavour(plan), rows, counts, tuple(plan.fresh), free)
+
+    def rest(self) -> None:
+        self._sequences.clear()
+
+    def release_pages(self) -> None:
+        self._sequences.clear()
+        super().release_pages()
+
+    def _forward(
+        self, key: SequentialKey, a: StepArrays, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        for row in key.free:
+            self._sequences.pop(row, None)
+        logits, at, every = [], 0, key.flavour.scored > 0
+        for row, count in zip(key.rows, key.counts, strict=True):
+            if row in key.fresh:
+                self._sequences[row] = self._opening.begin(count)
+            logits.append(self._sequences[row].advance(ids[None, at : at + count], every))
+            at += count
+        return torch.cat(logits)[keep] if every else torch.cat(logits)
