@@ -110,14 +110,15 @@ def assert_same_logprobs(one: AsyncGenerationOutput, other: AsyncGenerationOutpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_of_many_requests_gets_what_it_would_get_alone(family: str, overlap: bool, device: str) -> None:
     rng, model = random.Random(f"{family} {overlap}"), shared_model(family, device)
+    page_size = rng.choice([2, 4, 16])
     asked = {f"request {i}": request for i, request in enumerate(random_requests(rng, 80))}
     expected = alone(model, asked)
     manager = model.init_continuous_batching(
         greedy(8),
         batching(
-            page_size=rng.choice([2, 4, 16]),
-            num_blocks=120,
-            max_batch_tokens=32,
+            page_size=page_size,
+            num_blocks=240 // page_size,
+            max_batch_tokens=64,
             max_requests_per_batch=20,
             cpu_offload_space=1e-4 if overlap == (FAMILIES.index(family) % 2 == 0) else 0.0,
         ),
