@@ -268,13 +268,13 @@ class TestSettings:
         share = {"cpu_offload_space_safety_threshold": 0.5}
         assert self.host_pages(cpu_offload_space=None, **share) == 2**19 // 2048
 
-    def test_are_cut_to_the_safe_share(self, available: None, caplog: pytest.LogCaptureFixture) -> None:
+    def test_are_cut_to_the_safe_share(self, available: None, log: pytest.LogCaptureFixture) -> None:
         logging.enable_propagation()
         try:
             assert self.host_pages(cpu_offload_space=1.0) == int(0.8 * 2**20) // 2048
-            assert "cpu_offload_space=1.0 GiB is more than 80%" in caplog.text
+            assert "cpu_offload_space=1.0 GiB is more than 80%" in log.text
             assert self.host_pages(cpu_offload_space=1e-9) == 0
-            assert "no room for a page of 2,048 bytes" in caplog.text
+            assert "no room for a page of 2,048 bytes" in log.text
         finally:
             logging.disable_propagation()
 

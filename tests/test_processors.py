@@ -231,16 +231,12 @@ def test_that_fail_after_the_last_token_have_not_failed(llama, overlap: bool) ->
     assert (output.error, output.generated_tokens) == (None, whole[: whole.index(end) + 1])
 
 
-def test_say_once_what_they_cost(llama, caplog: pytest.LogCaptureFixture) -> None:
+def test_say_once_what_they_cost(llama, log: pytest.LogCaptureFixture) -> None:
     logging.warning_once.cache_clear()
-    logging.enable_propagation()
-    try:
-        for processors in (None, [sums], [sums]):
-            llama.generate_batch([PROMPT] * 2, greedy(2), logits_processor=processors, async_batching=True)
-            said = [record.message for record in caplog.records if "logits processors of your own" in record.message]
-            assert len(said) == (processors is not None)
-    finally:
-        logging.disable_propagation()
+    for processors in (None, [sums], [sums]):
+        llama.generate_batch([PROMPT] * 2, greedy(2), logits_processor=processors, async_batching=True)
+        said = [record.message for record in log.records if "logits processors of your own" in record.message]
+        assert len(said) == (processors is not None)
 
 
 @pytest.mark.parametrize("given", [Avoid(), [3], "sums", {"a": 1}], ids=["no list", "3", "text", "dict"])

@@ -21,7 +21,7 @@ from .model import ModelLoan
 from .request import Sampling
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # transformers' default page size, which we cannot tell from a user's own 256, and ours.
 THEIR_PAGE_SIZE = 256

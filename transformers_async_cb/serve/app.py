@@ -27,7 +27,7 @@ from .bodies import Body, Chat, Completion
 from .following import Call, Following
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 CLIENT_GONE = 499  # nginx's; nobody reads it
 
