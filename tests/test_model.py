@@ -468,11 +468,11 @@ class TestArchitectures:
         assert len({tuple(answer) for answer in answers}) > 1, "the model cannot tell its prompts apart"
         return answers
 
-    def found(self, model: PreTrainedModel) -> list[list[int]]:
+    def found(self, model: PreTrainedModel, sequential_fallback: bool = False) -> list[list[int]]:
         return batch(
             model, self.PROMPTS, 10,
             continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=20),
-            async_batching=AsyncBatchingConfig(debug=True),
+            async_batching=AsyncBatchingConfig(debug=True, sequential_fallback=sequential_fallback),
         )  # fmt: skip
 
     def check(self, model: PreTrainedModel, found: list[list[int]], answers: list[list[int]]) -> None:
@@ -495,7 +495,7 @@ class TestArchitectures:
         model = build(name, **settings)
         answers = self.answers(model)
         try:
-            found = self.found(model)
+            found = self.found(model, sequential_fallback=True)
         except ValueError as refusal:
             assert name in str(refusal)
             assert "async_batching" in str(refusal)
@@ -540,7 +540,7 @@ class TestArchitectures:
         forward = rotary.forward
         rotary.forward = lambda x, position_ids: forward(x, torch.arange(x.shape[1], device=x.device)[None])
         with pytest.raises(ValueError, match=r"LlamaForCausalLM .* counts positions itself"):
-            batch(model)
+            batch(model, async_batching=AsyncBatchingConfig(sequential_fallback=False))
 
     def test_with_frequencies_that_change_with_the_length_answer_up_to_there(self) -> None:
         model = build(
