@@ -135,6 +135,58 @@ def server(folder: Path) -> Iterator[Running]:
         yield running
 
 
+class TestLogProbabilities:
+    """Of each token, and of the likeliest in its place."""
+
+    def own(self, server: Running, prompt: list[int]) -> list[tuple[float, list[float]]]:
+        """What the engine says itself."""
+        name = server.manager.add_request(prompt, max_new_tokens=12, logprobs=3, do_sample=False, eos_token_id=-1)
+        output = server.manager.get_result(name, timeout=PATIENCE)
+        return [(o, list(top.values())) for o, top in zip(output.logprobs, output.top_logprobs, strict=True)]
+
+    def test_of_a_chat_are_the_engines_streamed_or_not(self, server: Running) -> None:
+        prompt = server.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+        asked = {
+            "model": "tiny",
+            "messages": CHAT,
+            "max_tokens": 12,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": 3,
+        }
+        with server.client() as client:
+            whole = client.chat.completions.create(**asked).choices[0]
+            chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+        streamed = [token for chunk in chunks if chunk.logprobs for token in chunk.logprobs.content]
+        assert [(t.logprob, [o.logprob for o in t.top_logprobs]) for t in whole.logprobs.content] == [
+            (pytest.approx(logprob, abs=1e-5), pytest.approx(top, abs=1e-5))
+            for logprob, top in self.own(server, prompt)
+        ]
+        assert [token.token for token in streamed] == [token.token for token in whole.logprobs.content]
+        assert [token.logprob for token in streamed] == pytest.approx([t.logprob for t in whole.logprobs.content])
+        assert any(token.bytes is None for token in whole.logprobs.content), "parts of characters"
+        assert all(bytes(t.bytes).decode() == t.token for t in whole.logprobs.content if t.bytes is not None)
+
+    def test_of_a_completion_say_where_each_token_begins(self, server: Running) -> None:
+        prompt = server.tokenizer("a b").input_ids
+        asked = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 3}
+        with server.client() as client:
+            whole = client.completions.create(**asked).choices[0].logprobs
+            chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]
+        own = self.own(server, prompt)
+        assert whole.token_logprobs == pytest.approx([logprob for logprob, _ in own], abs=1e-5)
+        assert [max(top.values()) for top in whole.top_logprobs] == pytest.approx([top[0] for _, top in own], abs=1e-5)
+        ends = [at + len(token) for at, token in zip(whole.text_offset, whole.tokens, strict=True)]
+        assert whole.text_offset == [0, *ends[:-1]]
+        assert [token for chunk in chunks if chunk for token in chunk.tokens] == whole.tokens
+        assert [at for chunk in chunks if chunk for at in chunk.text_offset] == whole.text_offset
+
+    def test_are_not_there_unless_asked_for(self, server: Running) -> None:
+        with server.client() as client:
+            answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=3)
+        assert answer.choices[0].logprobs is None
+
+
 class TestAnAnswer:
     def test_is_what_generate_answers(self, server: Running) -> None:
         with server.client() as client:
@@ -329,7 +381,7 @@ class TestABadRequest:
             ("chat/completions", {"model": "tiny", "messages": CHAT, "tools": []}, 400, "tools", "not supported"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "temperature": -1}, 400, "temperature", "got -1"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "n": 0}, 400, "n", "got 0"),
-            ("chat/completions", {"model": "tiny", "messages": CHAT, "logprobs": True}, 400, "logprobs", "got True"),
+            ("chat/completions", {"model": "tiny", "messages": CHAT, "top_logprobs": 2}, 400, None, "needs logprobs"),
             (
                 "chat/completions",
                 {

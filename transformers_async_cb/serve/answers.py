@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
-from .following import News
+from .following import News, ScoredToken, Spelling
 
 
 class _Answer:
@@ -26,16 +27,18 @@ class _Answer:
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._texts = [""] * choices
         self._reasons: list[str | None] = [None] * choices
+        self._scored: list[list[ScoredToken]] = [[] for _ in range(choices)]  # and not sent yet
 
     def take(self, news: News) -> None:
         """Keep what is new, for `whole`."""
         self._texts[news.choice] += news.text
+        self._scored[news.choice] += news.scored
         self._reasons[news.choice] = news.finish_reason
 
     def whole(self, usage: dict[str, int]) -> dict[str, Any]:
         """The answer that is not streamed."""
         choices = [
-            {"index": i, **self._content(text), "logprobs": None, "finish_reason": reason}
+            {"index": i, **self._content(text), "logprobs": self._logprobs(i), "finish_reason": reason}
             for i, (text, reason) in enumerate(zip(self._texts, self._reasons, strict=True))
         ]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
@@ -46,6 +49,7 @@ class _Answer:
 
     def chunks(self, news: News) -> Iterator[dict[str, Any]]:
         """Chunks that say what is new."""
+        self._scored[news.choice] += news.scored
         if news.text:
             yield self._chunk(news.choice, self._delta(news.text), None)
         if news.finish_reason is not None:
@@ -56,8 +60,16 @@ class _Answer:
         return {**self._head, "object": self.chunk_object, "choices": [], "usage": usage}
 
     def _chunk(self, choice: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        choices = [{"index": choice, **delta, "logprobs": None, "finish_reason": reason}]
+        choices = [{"index": choice, **delta, "logprobs": self._logprobs(choice), "finish_reason": reason}]
         return {**self._head, "object": self.chunk_object, "choices": choices}
+
+    def _logprobs(self, choice: int) -> dict[str, Any] | None:
+        """The log-probabilities that have not been sent."""
+        scored, self._scored[choice] = self._scored[choice], []
+        return self._in_form(choice, scored) if scored else None
+
+    def _in_form(self, choice: int, scored: list[ScoredToken]) -> dict[str, Any]:
+        raise NotImplementedError
 
     def _content(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -81,14 +93,39 @@ class ChatAnswer(_Answer):
     def _delta(self, text: str | None) -> dict[str, Any]:
         return {"delta": {} if text is None else {"content": text}}
 
+    def _in_form(self, choice: int, scored: list[ScoredToken]) -> dict[str, Any]:
+        content = [
+            _token(s.token, s.logprob) | {"top_logprobs": [_token(*other) for other in s.likeliest]} for s in scored
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _token(token: Spelling, logprob: float) -> dict[str, Any]:
+    return {"token": token.text, "logprob": logprob, "bytes": token.bytes}
+
 
 class CompletionAnswer(_Answer):
     """Of `/v1/completions`."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, model: str, choices: int) -> None:
+        super().__init__(model, choices)
+        self._offsets = [0] * choices  # in characters, of the next token
+
     def _content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
     def _delta(self, text: str | None) -> dict[str, Any]:
         return {"text": text or ""}
+
+    def _in_form(self, choice: int, scored: list[ScoredToken]) -> dict[str, Any]:
+        offsets = list(accumulate((len(s.token.text) for s in scored), initial=self._offsets[choice]))
+        self._offsets[choice] = offsets.pop()
+        likeliest = [{token.text: logprob for token, logprob in s.likeliest} for s in scored]
+        return {
+            "tokens": [s.token.text for s in scored],
+            "token_logprobs": [s.logprob for s in scored],
+            "top_logprobs": likeliest if likeliest[0] else None,
+            "text_offset": offsets,
+        }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Body(BaseModel):
@@ -90,6 +90,11 @@ class Body(_Body):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
+    def likeliest(self) -> int | None:
+        """How many tokens to list beside each one's log-probability; `None` for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with what it cost."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -110,6 +115,7 @@ class Body(_Body):
             "min_new_tokens": self.min_tokens,
             "seed": self.seed,
             "stop_in_answer": True,
+            "logprobs": self.likeliest,
         }
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
         if self.temperature == 0:
@@ -127,9 +133,19 @@ class Chat(Body):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     response_format: PlainFormat | SchemaFormat | None = Field(None, discriminator="type")
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] = {}  # not OpenAI's
+
+    @model_validator(mode="after")
+    def _likeliest_of_something(self) -> Chat:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -151,7 +167,11 @@ class Completion(Body):
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
     suffix: None = None
-    logprobs: None = None
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def likeliest(self) -> int | None:
+        return self.logprobs
 
     @property
     def limit(self) -> int:

@@ -27,11 +27,29 @@ class Call(NamedTuple):
     stream: bool
 
 
+class Spelling(NamedTuple):
+    """How a token is written: its text, or where that is a part of a character, its name in the vocabulary."""
+
+    text: str
+    bytes: list[int] | None  # of the text, where it is one
+
+
+class ScoredToken(NamedTuple):
+    """A token, its log-probability, and those of the likeliest in its place."""
+
+    token: Spelling
+    logprob: float
+    likeliest: list[tuple[Spelling, float]]
+
+
 class News(NamedTuple):
     """What one choice of an answer has gained."""
 
     choice: int
     text: str
+    scored: list[
+        ScoredToken
+    ]  # new tokens, if their log-probabilities are asked for; of some the text may be held back
     finish_reason: str | None  # "stop" or "length" once it is finished
     error: str | None  # why it has failed
 
@@ -101,7 +119,8 @@ class Following:
         self._arrived.set()
 
     def _gain(self, choice: _Choice, output: GenerationOutput) -> News:
-        new = output.generated_tokens[len(choice.tokens) :]
+        known, new = len(choice.tokens), output.generated_tokens[len(choice.tokens) :]
+        scored = self._score(output, known) if "logprobs" in self._call.settings else []
         choice.tokens += new
         ended = output.is_finished()
         text = choice.text.add(new, last=ended)
@@ -117,7 +136,24 @@ class Following:
         # sequences the id of the first is that of all.
         if not ended and choice.finished and self._call.n == 1:
             self._manager.cancel_request(output.request_id)
-        return News(choice.index, text, reason, error)
+        return News(choice.index, text, scored, reason, error)
+
+    def _score(self, output: GenerationOutput, known: int) -> list[ScoredToken]:
+        """The tokens after the first `known` ones."""
+        tokens, logprobs = output.generated_tokens[known:], output.logprobs[known:]
+        likeliest = (output.top_logprobs or [{}] * len(output.generated_tokens))[known:]
+        return [
+            ScoredToken(
+                self._spell(token), logprob, [(self._spell(other), value) for other, value in in_its_place.items()]
+            )
+            for token, logprob, in_its_place in zip(tokens, logprobs, likeliest, strict=True)
+        ]
+
+    def _spell(self, token: int) -> Spelling:
+        text = self._tokenizer.decode([token])
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            return Spelling(self._tokenizer.convert_ids_to_tokens(token), None)
+        return Spelling(text, list(text.encode()))
 
     def _reached_limit(self, choice: _Choice) -> bool:
         return len(choice.tokens) >= self._call.limit and choice.tokens[-1] not in self._call.eos_ids
