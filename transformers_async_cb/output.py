@@ -28,7 +28,7 @@ class AsyncGenerationOutput(GenerationOutput):
     def top_logprobs(self) -> list[dict[int, float]] | None:
         """For each generated token the likeliest in its place, with their log-probabilities, the likeliest first;
         `None` if the request did not ask for any."""
-        return _likeliest(self.ranked)
+        return likeliest_logprobs(self.ranked)
 
     @property
     def prompt_logprobs(self) -> list[float] | None:
@@ -38,7 +38,7 @@ class AsyncGenerationOutput(GenerationOutput):
     @property
     def prompt_top_logprobs(self) -> list[dict[int, float]] | None:
         """As `top_logprobs`, for the prompt's tokens after the first."""
-        return _likeliest(self.prompt_ranked)
+        return likeliest_logprobs(self.prompt_ranked)
 
 
 def own_logprobs(ranked: np.ndarray) -> list[float]:
@@ -46,7 +46,8 @@ def own_logprobs(ranked: np.ndarray) -> list[float]:
     return ranked[:, 0].view(np.float32).tolist()
 
 
-def _likeliest(ranked: np.ndarray | None) -> list[dict[int, float]] | None:
+def likeliest_logprobs(ranked: np.ndarray | None) -> list[dict[int, float]] | None:
+    """Those of the likeliest in their place; `None` where there are none."""
     if ranked is None or ranked.shape[1] == 1:
         return None
     ids, values = ranked[:, 1::2].tolist(), ranked[:, 2::2].view(np.float32).tolist()

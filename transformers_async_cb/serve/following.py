@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from ..door import sequence_id
 from ..manager import AsyncBatchingManager
+from ..output import AsyncGenerationOutput, likeliest_logprobs, own_logprobs
 from ..text import AnswerText
 
 
@@ -47,9 +48,7 @@ class News(NamedTuple):
 
     choice: int
     text: str
-    scored: list[
-        ScoredToken
-    ]  # new tokens, if their log-probabilities are asked for; of some the text may be held back
+    scored: list[ScoredToken]  # new tokens, if asked for; the text of some may be held back
     finish_reason: str | None  # "stop" or "length" once it is finished
     error: str | None  # why it has failed
 
@@ -79,7 +78,7 @@ class Following:
         self._tokenizer = tokenizer
         self._call = call
         self._choices: dict[str, _Choice] = {}
-        self._latest: dict[str, GenerationOutput] = {}
+        self._latest: dict[str, AsyncGenerationOutput] = {}
         self._arrived = asyncio.Event()
 
     def add(self) -> list[str]:
@@ -114,13 +113,14 @@ class Following:
                 if not choice.finished:
                     yield self._gain(choice, output)
 
-    def _note(self, output: GenerationOutput) -> None:
+    def _note(self, output: AsyncGenerationOutput) -> None:
         self._latest[output.request_id] = output
         self._arrived.set()
 
-    def _gain(self, choice: _Choice, output: GenerationOutput) -> News:
-        known, new = len(choice.tokens), output.generated_tokens[len(choice.tokens) :]
-        scored = self._score(output, known) if "logprobs" in self._call.settings else []
+    def _gain(self, choice: _Choice, output: AsyncGenerationOutput) -> News:
+        known = len(choice.tokens)
+        new = output.generated_tokens[known:]
+        scored = self._score(new, output.ranked[known:]) if "logprobs" in self._call.settings else []
         choice.tokens += new
         ended = output.is_finished()
         text = choice.text.add(new, last=ended)
@@ -138,15 +138,14 @@ class Following:
             self._manager.cancel_request(output.request_id)
         return News(choice.index, text, scored, reason, error)
 
-    def _score(self, output: GenerationOutput, known: int) -> list[ScoredToken]:
-        """The tokens after the first `known` ones."""
-        tokens, logprobs = output.generated_tokens[known:], output.logprobs[known:]
-        likeliest = (output.top_logprobs or [{}] * len(output.generated_tokens))[known:]
+    def _score(self, tokens: list[int], ranked: np.ndarray) -> list[ScoredToken]:
+        """Tokens with their log-probabilities, as `AsyncGenerationOutput` has them."""
+        likeliest = likeliest_logprobs(ranked) or [{}] * len(tokens)
         return [
             ScoredToken(
                 self._spell(token), logprob, [(self._spell(other), value) for other, value in in_its_place.items()]
             )
-            for token, logprob, in_its_place in zip(tokens, logprobs, likeliest, strict=True)
+            for token, logprob, in_its_place in zip(tokens, own_logprobs(ranked), likeliest, strict=True)
         ]
 
     def _spell(self, token: int) -> Spelling:
