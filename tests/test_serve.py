@@ -32,6 +32,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from transformers_async_cb.serve import in_transformers  # noqa: E402
 from transformers_async_cb.serve.app import Server, create_app  # noqa: E402
+from transformers_async_cb.serve.spelling import spell  # noqa: E402
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -164,8 +165,9 @@ class TestLogProbabilities:
         ]
         assert [token.token for token in streamed] == [token.token for token in whole.logprobs.content]
         assert [token.logprob for token in streamed] == pytest.approx([t.logprob for t in whole.logprobs.content])
-        assert any(token.bytes is None for token in whole.logprobs.content), "parts of characters"
-        assert all(bytes(t.bytes).decode() == t.token for t in whole.logprobs.content if t.bytes is not None)
+        spelled = b"".join(bytes(token.bytes) for token in whole.logprobs.content)
+        assert spelled.decode(errors="replace").rstrip("\ufffd") == whole.message.content
+        assert any(bytes(t.bytes) != t.token.encode() for t in whole.logprobs.content), "no parts of characters"
 
     def test_of_a_completion_say_where_each_token_begins(self, server: Running) -> None:
         prompt = server.tokenizer("a b").input_ids
@@ -180,6 +182,16 @@ class TestLogProbabilities:
         assert whole.text_offset == [0, *ends[:-1]]
         assert [token for chunk in chunks if chunk for token in chunk.tokens] == whole.tokens
         assert [at for chunk in chunks if chunk for at in chunk.text_offset] == whole.text_offset
+
+    @pytest.mark.parametrize("name, text", [("▁the", " the"), ("<0xC3>", "<0xC3>"), ("<0x41>", "A")])
+    def test_spell_tokens_as_they_are_in_the_middle_of_a_text(self, name: str, text: str) -> None:
+        inner = Tokenizer(models.BPE({"▁the": 0, "<0xC3>": 1, "<0x41>": 2}, [], byte_fallback=True))
+        inner.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        spelling = spell(PreTrainedTokenizerFast(tokenizer_object=inner), inner.token_to_id(name))
+        assert spelling.text == text
+        assert bytes(spelling.bytes) == (b"\xc3" if name == "<0xC3>" else text.encode())
 
     def test_are_not_there_unless_asked_for(self, server: Running) -> None:
         with server.client() as client:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
-from .following import News, ScoredToken, Spelling
+from .following import News, ScoredToken
+from .spelling import Spelling
 
 
 class _Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from ..door import sequence_id
 from ..manager import AsyncBatchingManager
 from ..output import AsyncGenerationOutput, likeliest_logprobs, own_logprobs
 from ..text import AnswerText
+from . import spelling
+from .spelling import Spelling
 
 
 class Call(NamedTuple):
@@ -26,13 +29,6 @@ class Call(NamedTuple):
     stop_strings: tuple[str, ...]
     settings: dict[str, Any]  # keyword arguments of `add_requests`, beside these
     stream: bool
-
-
-class Spelling(NamedTuple):
-    """How a token is written: its text, or where that is a part of a character, its name in the vocabulary."""
-
-    text: str
-    bytes: list[int] | None  # of the text, where it is one
 
 
 class ScoredToken(NamedTuple):
@@ -140,19 +136,12 @@ class Following:
 
     def _score(self, tokens: list[int], ranked: np.ndarray) -> list[ScoredToken]:
         """Tokens with their log-probabilities, as `AsyncGenerationOutput` has them."""
+        spell = partial(spelling.spell, self._tokenizer)
         likeliest = likeliest_logprobs(ranked) or [{}] * len(tokens)
         return [
-            ScoredToken(
-                self._spell(token), logprob, [(self._spell(other), value) for other, value in in_its_place.items()]
-            )
+            ScoredToken(spell(token), logprob, [(spell(other), value) for other, value in in_its_place.items()])
             for token, logprob, in_its_place in zip(tokens, own_logprobs(ranked), likeliest, strict=True)
         ]
-
-    def _spell(self, token: int) -> Spelling:
-        text = self._tokenizer.decode([token])
-        if "\N{REPLACEMENT CHARACTER}" in text:
-            return Spelling(self._tokenizer.convert_ids_to_tokens(token), None)
-        return Spelling(text, list(text.encode()))
 
     def _reached_limit(self, choice: _Choice) -> bool:
         return len(choice.tokens) >= self._call.limit and choice.tokens[-1] not in self._call.eos_ids
