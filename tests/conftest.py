@@ -36,6 +36,9 @@ from transformers_async_cb import self_check
 
 torch.set_num_threads(1)  # models this small lose by more
 
+if torch.cuda.is_available() and (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")):
+    torch.cuda.set_per_process_memory_fraction(0.8 / int(workers))  # they share the GPU
+
 VOCABULARY = 97
 POSITIONS = 512
 FAMILIES = ("llama", "qwen3", "mistral", "gpt2")

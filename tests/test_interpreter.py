@@ -52,6 +52,14 @@ def test_the_collector_leaves_alone_what_was_there_before_an_engine_ran():
     assert gc.get_freeze_count() == 0
 
 
+def test_it_does_so_though_python_has_frozen_some_itself(monkeypatch):
+    frozen = gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)  # Python 3.12's, when it has started
+    with undisturbed():
+        assert frozen() > 100_000
+    assert frozen() == 0
+
+
 def test_what_the_user_has_frozen_stays_frozen():
     gc.freeze()
     try:

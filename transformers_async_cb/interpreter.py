@@ -12,6 +12,9 @@ from contextlib import contextmanager
 # Seconds after which a thread that computes gives the lock to one that waits. Python's own 0.005 is as long as a step.
 INTERVAL = 0.0005
 
+# More objects than this are frozen because somebody wanted it: Python freezes some hundreds itself when it starts.
+_FROZEN_BY_PYTHON = 10_000
+
 _lock = threading.Lock()
 _inside = 0
 _before = 0.0
@@ -31,7 +34,7 @@ def undisturbed() -> Generator[None]:
         if _inside == 0:
             _before = sys.getswitchinterval()
             sys.setswitchinterval(min(_before, INTERVAL))
-            _frozen = gc.get_freeze_count() == 0
+            _frozen = gc.get_freeze_count() < _FROZEN_BY_PYTHON
             if _frozen:
                 gc.freeze()
         _inside += 1

@@ -352,8 +352,8 @@ def resolve_engine(
     """Choose every size that the user has not.
 
     The cache gets the memory that the workload can use, at most `max_memory_percent` of what is free (default: 0.9 on
-    CUDA, half elsewhere). `num_blocks` counts blocks of the page size stated beside it: the capacity in tokens is the
-    user's, whatever page size runs.
+    CUDA, where `torch.cuda.set_per_process_memory_fraction` counts too; half elsewhere). `num_blocks` counts blocks of
+    the page size stated beside it: the capacity in tokens is the user's, whatever page size runs.
 
     Raises:
         ValueError: there is no memory for a single page.
@@ -423,7 +423,9 @@ def _host_pages(batching: ContinuousBatchingConfig, page_bytes: int) -> int:
 
 def _free_bytes(device: torch.device, share: float | None) -> int:
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + cached) * (0.9 if share is None else share))
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        allowed = total * torch.cuda.get_per_process_memory_fraction(device)  # by the user, to torch in this process
+        room = min(free, allowed - reserved) + reserved - torch.cuda.memory_allocated(device)
+        return max(0, int(room * (0.9 if share is None else share)))
     return int(psutil.virtual_memory().available * (0.5 if share is None else share))

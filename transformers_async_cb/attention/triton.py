@@ -28,7 +28,7 @@ class _Tile(NamedTuple):
 
 # Many small programs: on an H200 one warp reads 4.1 TB/s at 512 sequences of 600 tokens, four with 64 keys 3.6.
 # The wide ones are for heads of more than 128, or float32; the widest are what a multiprocessor has room for.
-_DECODE, _PREFILL = _Tile(32, 1, 3), _Tile(32, 4, 3)
+_DECODE, _PREFILL = _Tile(32, 1, 2), _Tile(32, 4, 3)
 _WIDE, _WIDEST = _Tile(32, 4, 2), _Tile(16, 4, 1)
 
 
