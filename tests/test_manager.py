@@ -1214,7 +1214,7 @@ class TestWarmingUp:
             greedy(8), batching(max_requests_per_batch=4, max_batch_tokens=64, num_blocks=40, page_size=16),
             async_batching=True,
         )  # fmt: skip
-        manager._prepare()
+        manager._keeper.prepare(manager.workload)
         engine, plans = manager._engine, []
         engine.warm = False  # as where something is compiled or captured
         plan = engine.scheduler.plan
