@@ -20,7 +20,7 @@ from test_grammars import EOS, tokenizer
 from test_processors import Avoid
 from transformers import GenerationConfig, PreTrainedModel
 
-from transformers_async_cb import AsyncBatchingConfig, scheduler
+from transformers_async_cb import AsyncBatchingConfig, prefill, scheduler
 from transformers_async_cb.logprobs import RANKED_WORDS, rank, reference
 from transformers_async_cb.output import AsyncGenerationOutput
 from transformers_async_cb.runner import Runner
@@ -217,7 +217,7 @@ class TestOfPrompts:
 
     @OVERLAP
     def test_are_not_more_in_a_step_than_there_is_memory_for(self, llama, monkeypatch, overlap: bool) -> None:
-        monkeypatch.setattr(scheduler, "MOST_SCORED", 8)
+        monkeypatch.setattr(prefill, "MOST_SCORED", 8)
         scores, plan = [], scheduler.Scheduler.plan
         monkeypatch.setattr(
             scheduler.Scheduler, "plan", lambda self: ((p := plan(self)) and scores.append(p.scores)) or p

@@ -21,9 +21,11 @@ from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb.endings import Endings
 from transformers_async_cb.engine import Engine
 from transformers_async_cb.entry_points import CACHED
 from transformers_async_cb.manager import AsyncBatchingManager
+from transformers_async_cb.prefill import Prefill
 from transformers_async_cb.request import Rows
 from transformers_async_cb.runner import Runner
 from transformers_async_cb.scheduler import Scheduler
@@ -873,9 +875,17 @@ class TestFailures:
         outputs = llama.generate_batch(prompts, generation_config=greedy(30), async_batching=own)
         assert [o.generated_tokens for o in outputs.values()] == [generates(p, greedy(30)) for p in prompts]
 
-    @pytest.mark.parametrize("name", ["plan", "retire", "add", "_chunks", "_release"])
-    def test_of_the_scheduler_lose_no_request_either(self, llama, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fail_once(monkeypatch, Scheduler, name, 3)
+    @pytest.mark.parametrize(
+        ("where", "name"),
+        [
+            (Scheduler, "plan"), (Scheduler, "retire"), (Scheduler, "add"), (Scheduler, "_release"),
+            (Prefill, "chunks"), (Endings, "find"),
+        ],
+    )  # fmt: skip
+    def test_of_the_scheduler_lose_no_request_either(
+        self, llama, where: type, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.fail_once(monkeypatch, where, name, 3)
         manager = new_manager(llama, greedy(20))
         ids = manager.add_requests(random_prompts(6, longest=20))
         manager.start()
@@ -1204,7 +1214,7 @@ class TestWarmingUp:
             greedy(8), batching(max_requests_per_batch=4, max_batch_tokens=64, num_blocks=40, page_size=16),
             async_batching=True,
         )  # fmt: skip
-        manager._prepare()
+        manager._keeper.prepare(manager.workload)
         engine, plans = manager._engine, []
         engine.warm = False  # as where something is compiled or captured
         plan = engine.scheduler.plan

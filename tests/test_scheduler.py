@@ -14,12 +14,12 @@ import pytest
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from transformers_async_cb import scheduler
+from transformers_async_cb import prefill
 from transformers_async_cb.logprobs import RANKED_WORDS, PromptScores, no_words
 from transformers_async_cb.offload import Move
 from transformers_async_cb.pages import Pages
-from transformers_async_cb.request import Family, Phase, Request, Rows
-from transformers_async_cb.scheduler import MOST_FRESH, Plan, Scheduler
+from transformers_async_cb.request import MOST_FRESH, Family, Phase, Request, Rows
+from transformers_async_cb.scheduler import Plan, Scheduler
 
 
 VOCABULARY = 40
@@ -244,7 +244,7 @@ class Simulation:
         ends = plan.starts[plan.decodes :] + plan.counts[plan.decodes :]
         assert (ends <= r.prefill[prompts]).all()
         assert ((ends == r.prefill[prompts]) == plan.samples[plan.decodes :]).all()
-        full = plan.tokens == self.scheduler.token_budget or plan.scores == scheduler.MOST_SCORED
+        full = plan.tokens == self.scheduler.token_budget or plan.scores == prefill.MOST_SCORED
         assert full or (ends == r.prefill[prompts]).all(), "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
         assert not r.moving[rows].any() and not r.moving[plan.forks[:, 0]].any(), "pages are not there yet"
@@ -325,7 +325,7 @@ class TestRandomRuns:
     def test_give_each_token_its_own_log_probability(
         self, rng: random.Random, depth: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scheduler, "MOST_SCORED", most := rng.choice((1, 3, 10)))
+        monkeypatch.setattr(prefill, "MOST_SCORED", most := rng.choice((1, 3, 10)))
         simulation = self.simulation(rng, depth)
         for arrival in range(30):
             total = rng.randint(2, 40)

@@ -27,7 +27,7 @@ class Admission:
 
     Args:
         line (`Line`): who waits.
-        rows (`Rows`), pages (`Pages`), host (`HostPages`): the books.
+        rows (`Rows`), row_of (`dict`), pages (`Pages`), host (`HostPages`): the books.
         max_tokens (`int`): positions one request may use.
         reserve (`int`): pages that are left free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
@@ -39,6 +39,7 @@ class Admission:
         self,
         line: Line,
         rows: Rows,
+        row_of: dict[str, int],
         pages: Pages,
         host: HostPages,
         max_tokens: int,
@@ -49,6 +50,7 @@ class Admission:
     ) -> None:
         self.line = line
         self.rows = rows
+        self.row_of = row_of
         self.pages = pages
         self.host = host
         self.max_tokens = max_tokens
@@ -120,6 +122,7 @@ class Admission:
                 return None
             self.line.pop()
             row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
+            self.row_of[request.id] = row
             r.pages[row, :needed] = np.concatenate([found, self.pages.take(needed - len(found))])
             r.page_count[row] = needed
             r.full_pages[row] = len(found)

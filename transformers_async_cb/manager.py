@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import copy
-import threading
-import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -25,38 +20,28 @@ from transformers import (
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
-from . import self_check
-from .choices import Choice, explain, explain_sequential
+from .choices import Choice
 from .config import AsyncBatchingConfig
 from .door import Door
 from .engine import Engine
-from .grammars import STRUCTURES
+from .holds import Holds
+from .keeper import EngineKeeper
+from .loop_thread import LoopThread
 from .mailbox import Mailbox, Outbox
 from .metrics import Metrics
-from .model import ModelLoan, NotPaged
 from .prompts import Prompt
 from .recorder import Recorder
 from .request import Request
-from .sequential import Opening, resolve_sequential
-from .settings import Workload, check_batching, resolve_engine
+from .settings import Workload, check_batching
 from .streams import TokenStream
-from .timeline import Timeline, check_file, write
+from .submission import Submission
+from .timeline import check_file, write
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 # Where a persistent manager waits on the model; transformers' own is under another name, so neither finds the other's.
 CACHED = "_async_batching_manager"
-
-_started: weakref.WeakSet[AsyncBatchingManager] = weakref.WeakSet()
-
-
-@atexit.register
-def _stop_all() -> None:
-    """End what still runs while threads and the device are there."""
-    for manager in list(_started):
-        if manager.is_running():
-            manager.stop(timeout=10, hard_stop=True)
 
 
 class AsyncBatchingManager:
@@ -104,23 +89,14 @@ class AsyncBatchingManager:
         self.async_config = async_config or AsyncBatchingConfig()
         check_batching(self.continuous_batching_config)
         self.workload = workload or Workload()
-        self._loan = ModelLoan(model)
-        self._door = Door(self._loan, self.continuous_batching_config.seed)
+        self._keeper = EngineKeeper(model, self.continuous_batching_config, self.async_config)
+        self._door = Door(self._keeper.loan, self.continuous_batching_config.seed)
         self.configure(generation_config, overrides, tokenizer, stopping_criteria, logits_processor)
-        self._outbox = Outbox()
         self._mailbox = Mailbox(self.continuous_batching_config.max_queue_size)
-        self._engine: Engine | None = None
-        self._thread: threading.Thread | None = None
-        self._recorder: Recorder | None = None
-        self.choices: list[Choice] = []  # of the engine that was built last
-        self._why_sequential = ""
-        self._last_metrics = Metrics()  # of the engine before
-        self._lock = threading.RLock()  # of the door; a stream that is collected cancels on whatever thread this is
-        self._control = threading.RLock()  # of starting, stopping and pausing
-        self._pauses = 0
-        self._asleep = False
-        self._paused_here = threading.local()
-        self.fatal_error: BaseException | None = None
+        self._outbox = Outbox()
+        self._submission = Submission(self._door, self._mailbox)
+        self._holds = Holds(self._keeper, self._mailbox)
+        self._loop = LoopThread(self._keeper, self._holds, self._door, self._submission, self._mailbox, self._outbox)
 
     def configure(
         self,
@@ -150,7 +126,7 @@ class AsyncBatchingManager:
     @contextmanager
     def claimed(self) -> Generator[None]:
         """Within, no other thread starts, stops or takes up this manager."""
-        with self._control:
+        with self._keeper.lock:
             yield
 
     def hand_back(self, outputs: list[GenerationOutput]) -> None:
@@ -160,7 +136,7 @@ class AsyncBatchingManager:
     def model_digest(self) -> tuple:
         """What tells this model from others, the same in every process: its class, and exact sums over its weights
         (quantised ones are not looked at)."""
-        sums = self._loan.weights()[0]
+        sums = self._keeper.loan.weights()[0]
         return type(self.model).__name__, sums if isinstance(sums, list) else None
 
     def __reduce__(self) -> tuple:
@@ -168,6 +144,20 @@ class AsyncBatchingManager:
         return type(None), ()
 
     # ------------------------------------------------------------------------------------------------ control
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._keeper.engine
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What the engine that was built last was built with, and why."""
+        return self._keeper.choices
+
+    @property
+    def fatal_error(self) -> BaseException | None:
+        """What ended the last run before its time, if anything did."""
+        return self._loop.fatal_error
 
     @property
     def warmed_up(self) -> bool:
@@ -179,7 +169,7 @@ class AsyncBatchingManager:
         return self._engine.settings.max_tokens
 
     def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._loop.is_running()
 
     def warmup(self) -> None:
         """Do before `start` what takes long: borrow the model, build the engine, its cache included, and compile and
@@ -188,83 +178,19 @@ class AsyncBatchingManager:
         Raises:
             ValueError: the model is not supported, or there is no memory for the cache.
         """
-        with self._control:
+        with self._keeper.lock:
             if self.is_running():
                 logger.warning("the manager is running already")
                 return
-            self._prepare()
-            try:  # on a thread like the loop's, to which what is compiled is bound
-                with ThreadPoolExecutor(1, thread_name_prefix="async-batching-warmup") as executor:
-                    self._engine.lanes.enter()
-                    executor.submit(self._engine.warm_up, self._door.sampling).result()
-            except BaseException:
-                self._drop_engine()
-                self._loan.give_back()
-                raise
-
-    def _prepare(self) -> None:
-        """Borrow the model, and have an engine that fits it and the workload."""
-        if self._loan.out:
-            return
-        try:
-            self._build()
-        except NotPaged as reason:
-            if not self.async_config.sequential_fallback:
-                raise
-            logger.warning(f"one sequence at a time, each with a cache of its own, which is slow: {reason}")
-            self._loan.paged, self._why_sequential = False, str(reason)
-            self._build()
-
-    def _build(self) -> None:
-        self._loan.borrow()
-        try:
-            # The engine's thread writes to what is made here: no inference tensors, whatever the caller's mode.
-            with torch.inference_mode(False), torch.no_grad():
-                if self._engine is None or not self._engine.fits(self.workload):
-                    self._drop_engine()
-                    self._engine = self._new_engine()
-                self._engine.attach()
-        except BaseException:
-            self._loan.give_back()
-            raise
-
-    def _new_engine(self) -> Engine:
-        loan, configs = self._loan, (self.continuous_batching_config, self.async_config, self.workload)
-        if loan.paged:
-            found = loan.probe()
-            settings = resolve_engine(loan, found.values(), *configs)
-            if self.async_config.self_check:
-                self_check.check(loan, found, settings)
-            self.choices = explain(settings, loan, found.values(), *configs)
-        else:
-            found = Opening(self.model)
-            found.try_out()
-            settings = resolve_sequential(loan, found, *configs)
-            self.choices = explain_sequential(settings, self._why_sequential, *configs)
-        for choice in self.choices:
-            logger.info(str(choice))
-        return Engine(loan, found, settings)
+            self._keeper.warm_up(self.workload, self._door.sampling)
 
     def start(self) -> None:
         """Begin to generate. Requests added before are taken first."""
-        with self._control:
+        with self._keeper.lock:
             if self.is_running():
                 logger.warning("the manager is running already")
                 return
-            if self.fatal_error is not None:
-                self._drop_engine()
-                self.fatal_error = None
-            self._prepare()
-            if self.async_config.timeline is not None:
-                self._recorder = Recorder()
-            if self._recorder is not None:
-                self._engine.recorder = self._recorder
-            self._engine.lanes.enter()
-            self._mailbox.reopen()
-            self._outbox.set_open(True)
-            self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
-            _started.add(self)
-            self._thread.start()
+            self._loop.start(self.workload)
 
     def stop(
         self,
@@ -284,38 +210,23 @@ class AsyncBatchingManager:
         Raises:
             RuntimeError: called from inside a pause.
         """
-        if getattr(self._paused_here, "depth", 0):
+        if self._holds.here:
             raise RuntimeError("cannot stop the manager from inside a pause: leave the `pause` context first")
-        thread = self._thread
-        if thread is not None:
-            self._mailbox.ask_to_stop(hard_stop)
-            if self._asleep:
-                self._end_sleep(cache=not hard_stop and bool(self._door.live))
-            if not block or thread is threading.current_thread():
-                return
-            thread.join(timeout)
-            if thread.is_alive():
-                logger.warning(f"the manager did not stop within {timeout} s")
-                return
-        with self._control:
-            if thread is None:
-                self._close("the manager was stopped before it was started")
-            self._thread = None
-            self._loan.give_back()
-            if keep_for_next_session and self.fatal_error is None:
-                setattr(self.model, CACHED, self)
-                self._mailbox.reopen()
-                return
-            self._drop_engine()
-            if getattr(self.model, CACHED, None) is self:
-                delattr(self.model, CACHED)
+        self._loop.stop(self._stay if keep_for_next_session else self._leave, block, timeout, hard_stop)
 
-    def _drop_engine(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            self._last_metrics = engine.metrics()
-            engine.lanes.close()
-            self._loan.separate_products()
+    def _stay(self) -> None:
+        """Wait on the model for the next session, engine and all."""
+        if self.fatal_error is not None:
+            self._leave()
+            return
+        setattr(self.model, CACHED, self)
+        self._mailbox.reopen()
+
+    def _leave(self) -> None:
+        """Leave nothing behind on the model."""
+        self._keeper.drop()
+        if getattr(self.model, CACHED, None) is self:
+            delattr(self.model, CACHED)
 
     def destroy(self) -> None:
         """Stop, failing what is not finished. Safe to call more than once."""
@@ -329,43 +240,13 @@ class AsyncBatchingManager:
         Raises:
             RuntimeError: the loop is not running.
         """
-        with self._paused():
+        self._check_running()
+        with self._holds.pause():
             yield
 
-    @contextmanager
-    def _paused(self, drain: bool = False) -> Generator[None]:
-        self._hold(drain)
-        self._paused_here.depth = getattr(self._paused_here, "depth", 0) + 1
-        try:
-            yield
-        finally:
-            self._paused_here.depth -= 1
-            self._let_go(drain)
-
-    def _hold(self, drain: bool = False) -> None:
-        """Begin a pause."""
+    def _check_running(self) -> None:
         if not self.is_running():
             raise RuntimeError("cannot pause, the manager is not running")
-        self._mailbox.pause(drain)
-        with self._control:
-            self._pauses += 1
-            if self._pauses == 1:
-                self._loan.give_back()
-
-    def _let_go(self, drained: bool = False) -> None:
-        """End a pause: the engine takes up the model as it is now, after all that this thread's stream does to it."""
-        try:
-            with self._control:
-                self._pauses -= 1
-                if self._pauses == 0:
-                    self._loan.borrow()
-                    self._engine.attach()
-                self._engine.lanes.enter()
-        except BaseException:
-            self._mailbox.ask_to_stop(hard=True)
-            raise
-        finally:
-            self._mailbox.resume(drained)
 
     @contextmanager
     def update_weights(self, in_flight: str = "keep") -> Generator[PreTrainedModel]:
@@ -385,9 +266,10 @@ class AsyncBatchingManager:
         """
         if in_flight not in ("keep", "recompute", "drain"):
             raise ValueError(f"in_flight must be 'keep', 'recompute' or 'drain', got {in_flight!r}")
-        if in_flight == "drain" and (self._asleep or getattr(self._paused_here, "depth", 0)):
+        if in_flight == "drain" and (self._holds.asleep or self._holds.here):
             raise RuntimeError("cannot finish requests now: the manager sleeps, or this thread holds a pause")
-        with self._paused(drain=in_flight == "drain"):
+        self._check_running()
+        with self._holds.pause(drain=in_flight == "drain"):
             if in_flight == "recompute":
                 self._engine.scheduler.preempt_all()
             yield self.model
@@ -397,18 +279,7 @@ class AsyncBatchingManager:
         as in a pause. Requests stay, and those under way are computed again. A manager that was kept and does not run
         sleeps until the next start.
         """
-        running = self.is_running()
-        if running:
-            self._hold()
-        with self._control:
-            if self._asleep and running:  # another thread was faster
-                self._pauses -= 1
-                self._mailbox.resume()
-                return
-            self._loan.give_back()
-            if self._engine is not None:
-                self._engine.release_cache()
-            self._asleep = running
+        self._holds.sleep(self.is_running())
 
     def wake(self) -> None:
         """End a sleep: take the memory back, and go on with the model as it is now.
@@ -416,64 +287,13 @@ class AsyncBatchingManager:
         Raises:
             torch.OutOfMemoryError: it is not there; the manager still sleeps.
         """
-        if self._asleep:
-            self._end_sleep(cache=True)
-
-    def _end_sleep(self, cache: bool) -> None:
-        with self._control:
-            if not self._asleep:
-                return
-            if cache:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._engine.runner.take_pages()
-            self._asleep = False
-            if not cache:  # nothing will be computed
-                self._pauses -= 1
-        if cache:
-            self._let_go()
-        else:
-            self._mailbox.resume()
-
-    def _run(self) -> None:
-        reason = "it has stopped"
-        try:
-            self._engine.run(self._mailbox, self._deliver)
-        except BaseException as error:
-            logger.error(f"async batching failed: {error}", exc_info=True)
-            self.fatal_error = error
-            reason = f"the engine failed with {type(error).__name__}: {error}"
-            self._deliver(self._engine.scheduler.take_outputs())
-            self._engine.scheduler.save_all()
-        finally:
-            with self._control:  # all steps have retired: nothing on the device is behind what the host has seen
-                self._loan.give_back()
-            self._close(reason)
-            self._outbox.set_open(False)
-            if self.async_config.timeline is not None:
-                self._write_timeline()
-
-    def _close(self, reason: str) -> None:
-        """Take no more requests, and end those that are left: whatever happened, each gets a result."""
-        with self._lock:
-            self._mailbox.close(reason)
-            left = list(self._door.live.values())
-        for request in left:
-            request.finish(reason)
-        self._deliver([request.output() for request in left])
-
-    def _deliver(self, outputs: list[GenerationOutput]) -> None:
-        if not outputs:
-            return
-        with self._outbox.lock:  # a request is live, or its result is there
-            self._door.let_out(output.request_id for output in outputs if output.is_finished())
-            self._outbox.put(outputs)
+        self._holds.wake()
 
     # ------------------------------------------------------------------------------------------------ measuring
 
     def metrics(self) -> Metrics:
         """What the engine does and has done; any thread may ask at any time, and the loop does not wait for it."""
-        engine = self._engine
-        metrics = self._last_metrics if engine is None else engine.metrics()
+        metrics = self._keeper.metrics()
         return replace(metrics, waiting=metrics.waiting + self._mailbox.count)
 
     @contextmanager
@@ -488,42 +308,19 @@ class AsyncBatchingManager:
         check_file(file)
         with self.recording() as recorder:
             yield
-        write(file, [self._timeline(recorder)])
+        write(file, [self._loop.timeline_of(recorder)])
 
     @contextmanager
     def recording(self) -> Generator[Recorder]:
         """Within, the loop notes what it does; after it, the recorder may be read."""
-        if self._recorder is not None:
+        if self._loop.recorder is not None:
             raise RuntimeError("this manager's timeline is being recorded already")
         recorder = Recorder()
-        self._set_recorder(recorder)
+        self._loop.set_recorder(recorder)
         try:
             yield recorder
         finally:
-            self._set_recorder(None)
-
-    def _set_recorder(self, recorder: Recorder | None) -> None:
-        """Change it while the loop stands still with nothing in flight."""
-        self._recorder = recorder  # for `start`
-        if self.is_running():
-            with suppress(RuntimeError):  # it has ended meanwhile
-                self._mailbox.pause()
-                self._engine.recorder = recorder
-                self._mailbox.resume()
-        elif self._engine is not None:
-            self._engine.recorder = recorder
-
-    def _timeline(self, recorder: Recorder) -> Timeline:
-        overlap = "on" if self.async_config.overlap else "off"
-        return Timeline.of(recorder, f"{type(self.model).__name__}, overlap {overlap}", self.model.device.type)
-
-    def _write_timeline(self) -> None:
-        recorder, self._recorder, self._engine.recorder = self._recorder, None, None
-        try:
-            if self.fatal_error is None:
-                write(self.async_config.timeline, [self._timeline(recorder)])
-        except (OSError, ValueError) as error:
-            logger.error(f"the timeline could not be written to {self.async_config.timeline}: {error}")
+            self._loop.set_recorder(None)
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -604,7 +401,8 @@ class AsyncBatchingManager:
             "stopping_criteria": stopping_criteria, "logits_processor": logits_processor,
             "json_schema": [json_schema], "regex": [regex], "grammar": [grammar], **per_request,
         }  # fmt: skip
-        return self._add([input_ids], None if request_id is None else [request_id], settings)[0]
+        request_ids = None if request_id is None else [request_id]
+        return self._submission.add([input_ids], request_ids, settings, None, self._may_wait)[0]
 
     def add_requests(
         self,
@@ -624,7 +422,7 @@ class AsyncBatchingManager:
             "max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps,
             **per_request,
         }  # fmt: skip
-        return self._add(inputs, None, settings, request_settings)
+        return self._submission.add(inputs, None, settings, request_settings, self._may_wait)
 
     def add_batch(
         self,
@@ -645,114 +443,30 @@ class AsyncBatchingManager:
         Returns:
             The ids of all sequences, chosen or not.
         """
-        self._compile(settings, request_settings)
-        with self._lock:
-            _, requests = self._check(inputs, request_ids, settings, request_settings)
-            chosen = choose(requests)
-            self._mailbox.post(*chosen)
-            self._door.let_in(chosen)
+        sequence_ids = self._submission.add_chosen(inputs, request_ids, settings, request_settings, choose)
         self.size_for_pending()
         if roomy:  # powers of two: however calls grow, few engines are built
             self.workload = Workload(*(1 << (size - 1).bit_length() for size in self.workload))
-        return [request.id for request in requests]
+        return sequence_ids
 
     def sequence_ids(self, request_ids: list[str]) -> list[str]:
         """Those ids, each followed by those of its other sequences, as far as they have not ended."""
-        with self._lock:
-            return [request.id for request_id in request_ids for request in self._door.sequences(request_id)]
+        return self._submission.sequence_ids(request_ids)
 
     def size_for_pending(self) -> None:
         """Size the cache for the requests added so far, rather than for whatever may come."""
         lengths = [min(request.total_limit, 2**31) for request in self._mailbox.pending()]
         self.workload = Workload(len(lengths), max(lengths, default=0), sum(lengths))
 
-    def _add(
-        self,
-        inputs: Sequence[Prompt],
-        request_ids: list[str] | None,
-        settings: dict[str, Any],
-        request_settings: Sequence[Mapping[str, Any]] | None = None,
-    ) -> list[str]:
-        self._compile(settings, request_settings)
-        with self._lock:
-            request_ids, requests = self._check(inputs, request_ids, settings, request_settings)
-            at_once = self._mailbox.has_room(len(requests))
-            if at_once:
-                self._mailbox.post(*requests)
-            elif not self.is_running() or getattr(self._paused_here, "depth", 0):
-                self._mailbox.check_open()
-                raise RuntimeError(
-                    f"the queue has no room for {len(requests)} more requests (max_queue_size="
-                    f"{self._mailbox.bound}), and nothing takes any out of it before the manager runs"
-                )
-            self._door.let_in(requests)
-        if not at_once:
-            self._post_in_turn(requests)
-        return request_ids
-
-    def _compile(self, settings: dict[str, Any], request_settings: Sequence[Mapping[str, Any]] | None) -> None:
-        """Compile what answers must be without holding the lock; `_check` says what is wrong with it."""
-        self._door.compile(**{name: settings.get(name) for name in STRUCTURES})
-        for own in request_settings or ():
-            if isinstance(own, Mapping):
-                self._door.compile(**{name: own.get(name) for name in STRUCTURES})
-
-    def _post_in_turn(self, requests: list[Request]) -> None:
-        """Post requests that have been let in as the queue has room. Those that find it closed are let out again, or
-        have got their result from who closed it."""
-        posted = 0
-        try:
-            for request in requests:
-                self._mailbox.post_in_turn(request)
-                posted += 1
-        except BaseException:
-            with self._lock:
-                late = [request for request in requests[posted:] if request.finished_time < 0]
-                self._door.let_out(request.id for request in late)
-            if late:
-                raise
-
-    def _check(
-        self,
-        inputs: Sequence[Prompt],
-        request_ids: list[str] | None,
-        settings: dict[str, Any],
-        request_settings: Sequence[Mapping[str, Any]] | None,
-    ) -> tuple[list[str], list[Request]]:
-        """The ids of `inputs` and their requests, each with settings of its own. Called with the lock held; see
-        `Door.check`."""
-        request_ids = request_ids or self._door.names(len(inputs))
-        if request_settings is None:
-            return request_ids, self._door.check(request_ids, inputs, **settings)
-        if len(request_settings) != len(inputs):
-            raise ValueError(
-                f"there are {len(request_settings)} request_settings for {len(inputs)} prompts: give one for each"
-            )
-        lists = {name for name in ("generation_config", *STRUCTURES) if isinstance(settings.get(name), (list, tuple))}
-        for name in lists:
-            if len(settings[name]) != len(inputs):
-                raise ValueError(f"{name} has {len(settings[name])} entries for {len(inputs)} prompts")
-        requests: list[Request] = []
-        for i, (prompt, own) in enumerate(zip(inputs, request_settings, strict=True)):
-            if not isinstance(own, Mapping):
-                raise ValueError(f"request_settings[{i}] must be a dictionary, got {own!r}")
-            merged = {name: value[i] if name in lists else value for name, value in settings.items()} | own
-            request_ids[i] = merged.pop("request_id", request_ids[i])
-            requests += self._door.check([request_ids[i]], [prompt], **merged)
-        taken: set[str] = set()
-        for number, request in enumerate(requests, requests[0].arrival if requests else 0):
-            if request.id in taken:
-                raise ValueError(f"request {request.id}: this id is given twice")
-            taken.add(request.id)
-            request.arrival = number
-        return request_ids, requests
+    @property
+    def _may_wait(self) -> bool:
+        """Whether something takes requests out of the queue while this thread waits."""
+        return self.is_running() and not self._holds.here
 
     def cancel_request(self, request_id: str) -> None:
         """End a request: its result has the tokens so far and an error that says so. The id of a request with several
         sequences ends all of them that go on, a child's that one alone. Unknown ids are ignored."""
-        with self._lock:
-            for request in self._door.sequences(request_id):
-                self._mailbox.cancel(request)
+        self._submission.cancel(request_id)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The next result, of one request or of any; `None` after `timeout` seconds, or when no more will come."""

@@ -6,18 +6,17 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .admission import Admission
-from .grammars import MaskMaker
-from .inputs import SPARE_CELLS
+from .endings import Endings
 from .line import Line
-from .logprobs import MOST_SCORED
 from .offload import HostPages, Move
 from .pages import Pages
-from .request import MOST_FRESH, MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
+from .prefill import Prefill
+from .request import MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
+from .scoring import Scoring
 
 
 class Plan(NamedTuple):
@@ -56,8 +55,7 @@ class Scheduler:
     within one, first come, first served. A row that a grammar narrows down skips each step that is planned before its
     last token is known.
 
-    A request is admitted when all its tokens so far have pages. A prompt takes at most half of a step's budget while
-    others want some of it, so that a long one holds nobody up. When a decoding row finds no page, the last in line is
+    A request is admitted when all its tokens so far have pages. When a decoding row finds no page, the last in line is
     preempted: it gives its pages back after its last step and is computed again later. Where there are host pages and
     that is cheaper, its full pages are copied there first, and back later. The first is never preempted, so a pool
     that fits one request finishes them all.
@@ -90,16 +88,15 @@ class Scheduler:
         self.token_budget = token_budget
         self.max_tokens = max_tokens
         self.line = Line()
+        self.row_of: dict[str, int] = {}  # of requests that have a row, and no result yet
         self.admission = Admission(
-            self.line, rows, pages, self.host, max_tokens, int(reserve * pages.count), reuse, whole_prompts,
-            refuse=self._refuse,
+            self.line, rows, self.row_of, pages, self.host, max_tokens, int(reserve * pages.count), reuse,
+            whole_prompts, refuse=self._refuse,
         )  # fmt: skip
-        self.whole_prompts = whole_prompts
-        self.prefilling: list[int] = []  # rows, in the order they were let in
-        self._restored: set[int] = set()  # rows whose parameters the device has not been told of
-        self.row_of: dict[str, int] = {}
+        self._scoring = Scoring(rows)
+        self._prefill = Prefill(rows, self.admission, self._scoring, pages.page_size, whole_prompts)
+        self._endings = Endings(rows, max_tokens)
         self._next_masked = 0  # row whose turn it is, where a step has no room for all masks
-        self._mask_maker: MaskMaker | None = None  # made when a request first needs it
         self.preemptions = 0
         self.offloaded = self.restored = 0  # of those, how many were copied to the host, and back
         self.discarded = 0  # tokens sampled for requests that had ended
@@ -132,7 +129,7 @@ class Scheduler:
         for row in list(self.row_of.values()):
             self.preemptions += 1
             self.rows.phase[row] = Phase.PREEMPTED
-            self._forget_prefill(row)
+            self._prefill.drop(row)
             self._release(row)
 
     def forget(self) -> None:
@@ -162,7 +159,7 @@ class Scheduler:
             "rows": self.rows.count - self.rows.free,
             "host pages": self.host.count - self.host.free,
             "steps and moves in flight": int(self.rows.in_flight.sum()),
-            "prefilling rows": len(self.prefilling),
+            "prefilling rows": len(self._prefill.under_way),
             "requests held back": self.line.held_back,
         }
         if any(held.values()):
@@ -174,7 +171,7 @@ class Scheduler:
         """The next step, or `None` when nothing can run before a step retires or a request comes."""
         self._end_what_is_late(time.perf_counter())
         decoding = self._decoding_rows()
-        chunks, fresh = self._chunks(self.token_budget - len(decoding))
+        chunks, fresh = self._prefill.chunks(self.token_budget - len(decoding))
         if not len(decoding) and not chunks:
             return None
         r = self.rows
@@ -184,7 +181,7 @@ class Scheduler:
         starts = r.computed[rows]
         ends = starts + counts
         samples = ends >= r.prefill[rows]
-        scored = self._scored(rows, starts, ends, len(decoding))
+        scored = self._scoring.of_prompts(rows, starts, ends, len(decoding))
         cells, pages = self._new_cells(rows, starts, ends, len(decoding), fresh)
         r.computed[rows] = ends
         for row, _ in chunks:  # later steps find the pages written
@@ -201,18 +198,6 @@ class Scheduler:
             bool((r.processed[rows] & samples).any()), bool((r.masked[rows] & samples).any()),
             np.flatnonzero(r.truncated[rows]), np.flatnonzero((r.likeliest[rows] >= 0) & samples), scored,
         )  # fmt: skip
-
-    def _scored(
-        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int
-    ) -> list[tuple[int, int, int]]:
-        """What `Plan.scored` says. The logits at a position are those of the next token."""
-        scored = []
-        for sequence in decodes + np.flatnonzero(self.rows.unscored[rows[decodes:]]):
-            request = self.rows.request[rows[sequence]]
-            first = max(int(starts[sequence]), request.prompt_scores.known)
-            if (count := min(int(ends[sequence]), request.prompt_length - 1) - first) > 0:
-                scored.append((int(sequence), first, count))
-        return scored
 
     def _end_what_is_late(self, now: float) -> None:
         if now < self.line.next_deadline:
@@ -278,68 +263,10 @@ class Scheduler:
         row = int(self._in_line(candidates)[-1])
         self.preemptions += 1
         r.phase[row] = Phase.PREEMPTED
-        self._forget_prefill(row)
+        self._prefill.drop(row)
         if not r.in_flight[row]:
             self._leave(row)
         return True
-
-    def _chunks(self, budget: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
-        """`(row, tokens)` of the prompts that go on or begin in this step; and the rows that begin, with the first
-        column of the page table that the device must be told."""
-        r = self.rows
-        counts: list[int] = []
-        fresh: dict[int, int] = {}
-        spare, share, left, scores = SPARE_CELLS, max(1, budget // 2), budget, MOST_SCORED
-        if self.whole_prompts:
-            share = left
-        coming: set[bytes] = set()
-        if self.line:
-            offering = (row for row in self.prefilling if not r.stale[row])
-            coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
-        while left > 0:
-            if len(counts) == len(self.prefilling):
-                admitted = self.admission.admit(spare, coming, left, scores) if len(fresh) < MOST_FRESH else None
-                if admitted is None:
-                    break
-                row, first = admitted
-                self.row_of[r.request[row].id] = row
-                if r.moving[row]:
-                    continue
-                fresh[row] = first
-                self.prefilling.append(row)
-                coming.update(r.request[row].page_keys)
-                spare -= int(r.computed[row]) // self.pages.page_size - first
-            row = self.prefilling[len(counts)]
-            count = min(int(r.prefill[row] - r.computed[row]), share, left)
-            count, to_score = self._within(row, count, scores if self.whole_prompts else -(-scores // 2))
-            counts.append(count)
-            left -= count
-            scores -= to_score
-        chunks = []
-        for row, count in zip(self.prefilling, counts, strict=False):  # what nobody else wants
-            most = min(int(r.prefill[row] - r.computed[row]), count + left)
-            to_score = self._within(row, count, MOST_SCORED)[1]
-            most, all_to_score = self._within(row, most, to_score + scores)
-            left -= most - count
-            scores -= all_to_score - to_score
-            if most:
-                chunks.append((row, most))
-                if row in self._restored:
-                    self._restored.remove(row)
-                    fresh[row] = int(r.page_count[row])
-        done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
-        self.prefilling = [row for row in self.prefilling if row not in done]
-        return chunks, fresh
-
-    def _within(self, row: int, count: int, scores: int) -> tuple[int, int]:
-        """How many of the next `count` tokens of a row need at most `scores` log-probabilities, and how many they
-        need."""
-        if not self.rows.unscored[row]:
-            return count, 0
-        request, start = self.rows.request[row], int(self.rows.computed[row])
-        known = max(0, request.prompt_scores.known - start)
-        to_score = max(0, min(count, request.prompt_length - 1 - start) - known)
-        return (count, to_score) if to_score <= scores else (known + scores, scores)
 
     def _in_line(self, rows: np.ndarray) -> np.ndarray:
         """The rows by priority, the highest first, and by arrival."""
@@ -371,25 +298,21 @@ class Scheduler:
         r.in_flight[plan.rows] -= 1
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
         self.discarded += int(plan.samples.sum() - live.sum())
-        refused = self._refused(plan.rows[live], ids[live]) if plan.processed or plan.masked else {}
+        refused = self._endings.refused(plan.rows[live], ids[live]) if plan.processed or plan.masked else {}
         if refused:
             live &= ~np.isin(plan.rows, list(refused))
         rows, tokens = plan.rows[live], ids[live]
         now = time.perf_counter()
         if ranked is not None:
-            self._note_ranked(plan, live, ranked)
+            self._scoring.note(plan, live, ranked)
         r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
-        stopped = self._stopped(rows, tokens, now)
-        failed = self._ask(rows, stopped)
-        if plan.masked:
-            failed |= self._renew_masks(rows, stopped)
-        ended = stopped | (r.known[rows] >= r.limit[rows])
+        ended, errors = self._endings.find(rows, tokens, now, plan.masked)
         for row in rows[r.streaming[rows] & ~ended]:
             request = r.save(row)
             request.status = RequestStatus.DECODING
             self._outputs.append(request.output())
-        for row, by_token in zip(rows[ended].tolist(), stopped[ended], strict=True):
-            self._end(row, failed.get(row) if by_token else self._cut_short(row))
+        for row in rows[ended].tolist():
+            self._end(row, errors.get(row))
         for row, error in refused.items():
             self._end(row, error)
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
@@ -412,90 +335,7 @@ class Scheduler:
         self.restored += 1
         self.host.drop(r.request[row])
         self.admission.note_full_pages(row)
-        self._restored.add(row)
-        self.prefilling.append(row)
-
-    def _note_ranked(self, plan: Plan, live: np.ndarray, ranked: np.ndarray) -> None:
-        r, own = self.rows, live[plan.ranked]
-        rows = plan.rows[plan.ranked[own]]
-        r.records.write(rows, r.known[rows] - r.prompt_length[rows], ranked[: len(own)][own])
-        at = len(own)
-        for sequence, first, count in plan.scored:
-            scores = r.request[plan.rows[sequence]].prompt_scores
-            scores.words[first : first + count] = ranked[at : at + count, : scores.words.shape[1]]
-            scores.known = max(scores.known, first + count)  # a sequence that took over may lag behind
-            at += count
-
-    def _stopped(self, rows: np.ndarray, tokens: np.ndarray, now: float) -> np.ndarray:
-        """Which of `rows` end with their last token, whatever their limit: bool `[rows]`."""
-        r = self.rows
-        stopped = (r.eos[rows] == tokens[:, None]).any(1) | (now > r.time_up[rows])
-        if r.texts is not None:
-            for i in np.flatnonzero((r.texts.letters(tokens) & r.last_letters[rows] != 0) & ~stopped):
-                row = rows[i]
-                stopped[i] = r.request[row].stop_strings.end(r.tokens[row, : r.known[row]])
-        return stopped
-
-    def _ask(self, rows: np.ndarray, stopped: np.ndarray) -> dict[int, str]:
-        """Ask the users' own criteria, which may set `stopped` of their rows. Returns what failed, by row."""
-        r, failed = self.rows, {}
-        for i in np.flatnonzero(r.asks[rows]):
-            row = int(rows[i])
-            request = r.request[row]
-            ids = torch.from_numpy(r.tokens[row, : r.known[row]].astype(np.int64))[None]
-            for criterion in request.stopping_criteria:
-                try:
-                    stopped[i] |= bool(criterion(ids, None))
-                except Exception as error:
-                    stopped[i] = True
-                    name = getattr(criterion, "__name__", type(criterion).__name__)
-                    failed[row] = (
-                        f"request {request.id}: its stopping criterion {name} raised {type(error).__name__}: {error}"
-                    )
-                    break
-        return failed
-
-    def _refused(self, rows: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
-        """Rows whose token is none, and why: it was picked by logits that a processor of the user's did not give back,
-        or does not go on with the row's grammar."""
-        r, refused = self.rows, {}
-        for i in np.flatnonzero(r.processed[rows] | r.masked[rows]):
-            row = int(rows[i])
-            request, error = r.request[row], None
-            if request.processors is not None:
-                error = request.processors.error_at(int(r.known[row]))
-            if error is None and request.constraint is not None and not request.constraint.accept(int(tokens[i])):
-                error = f"request {request.id}: its other settings ban every token that its grammar allows next"
-            if error is not None:
-                refused[row] = error
-        return refused
-
-    def _renew_masks(self, rows: np.ndarray, stopped: np.ndarray) -> dict[int, str]:
-        """Narrow down the next tokens. Sets `stopped` of rows that can have none; returns what failed, by row."""
-        r, failed = self.rows, {}
-        going_on = np.flatnonzero(r.masked[rows] & ~stopped & (r.known[rows] < r.limit[rows]))
-        constraints = [r.request[row].constraint for row in rows[going_on].tolist()]
-        if constraints:
-            self._mask_maker = self._mask_maker or MaskMaker()
-            self._mask_maker.renew(constraints)
-        for i, constraint in zip(going_on.tolist(), constraints, strict=True):
-            if constraint.ended:
-                stopped[i] = True
-                if not constraint.complete:
-                    row = int(rows[i])
-                    failed[row] = f"request {r.request[row].id}: no token of the vocabulary goes on with its grammar"
-        return failed
-
-    def _cut_short(self, row: int) -> str | None:
-        """Why a row that reached its limit got fewer tokens than it asked for, if it did."""
-        r, request = self.rows, self.rows.request[row]
-        known = int(r.known[row])
-        if known >= request.total_limit:
-            return None
-        return (
-            f"request {request.id} reached the longest sequence there is room for, {self.max_tokens} positions, after "
-            f"{known - request.prompt_length} of {request.max_new_tokens} new tokens"
-        )
+        self._prefill.restore(row)
 
     def _end(self, row: int, error: str | None) -> None:
         """The request's result is out; the row follows when its last step has retired."""
@@ -505,7 +345,7 @@ class Scheduler:
         self._outputs.append(request.output())
         self.line.pass_on(request)
         r.phase[row] = Phase.ENDED
-        self._forget_prefill(row)
+        self._prefill.drop(row)
         del self.row_of[request.id]
         if not r.in_flight[row]:
             self._release(row)
@@ -546,11 +386,6 @@ class Scheduler:
         r = self.rows
         self.pages.give_back(r.pages[row, count : r.page_count[row]].copy())
         r.page_count[row] = count
-
-    def _forget_prefill(self, row: int) -> None:
-        self._restored.discard(row)
-        if row in self.prefilling:
-            self.prefilling.remove(row)
 
     def _refuse(self, request: Request, reason: str) -> None:
         request.finish(reason)

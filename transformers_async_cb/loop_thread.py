@@ -1,0 +1,168 @@
+"""The engine's loop on a thread of its own, from its start to the last result."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+
+from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils import logging
+
+from .door import Door
+from .holds import Holds
+from .keeper import EngineKeeper
+from .mailbox import Mailbox, Outbox
+from .recorder import Recorder
+from .settings import Workload
+from .submission import Submission
+from .timeline import Timeline, write
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+_started: weakref.WeakSet[LoopThread] = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End what still runs while threads and the device are there."""
+    for loop in list(_started):
+        if loop.is_running():
+            loop.stop(loop.keeper.drop, timeout=10, hard=True)
+
+
+class LoopThread:
+    """Starts and stops the loop, and hands its results out. Whatever happens to it, every request gets one.
+
+    Args:
+        keeper (`EngineKeeper`): has the engine.
+        holds (`Holds`): a sleep ends when a stop is asked for.
+        door (`Door`), submission (`Submission`), mailbox (`Mailbox`): where requests come from.
+        outbox (`Outbox`): where results go.
+    """
+
+    def __init__(
+        self,
+        keeper: EngineKeeper,
+        holds: Holds,
+        door: Door,
+        submission: Submission,
+        mailbox: Mailbox,
+        outbox: Outbox,
+    ) -> None:
+        self.keeper = keeper
+        self.fatal_error: BaseException | None = None
+        self.recorder: Recorder | None = None
+        self._holds = holds
+        self._door = door
+        self._submission = submission
+        self._mailbox = mailbox
+        self._outbox = outbox
+        self._thread: threading.Thread | None = None
+
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, workload: Workload) -> None:
+        """Begin the loop, on an engine that fits the model and the workload. Called with the keeper's lock held."""
+        if self.fatal_error is not None:
+            self.keeper.drop()
+            self.fatal_error = None
+        self.keeper.prepare(workload)
+        if self.keeper.own.timeline is not None:
+            self.recorder = Recorder()
+        if self.recorder is not None:
+            self.keeper.engine.recorder = self.recorder
+        self.keeper.engine.lanes.enter()
+        self._mailbox.reopen()
+        self._outbox.set_open(True)
+        self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
+        _started.add(self)
+        self._thread.start()
+
+    def stop(
+        self, settle: Callable[[], None], block: bool = True, timeout: float | None = None, hard: bool = False
+    ) -> None:
+        """Have the loop finish the requests that are there, or end them with an error if `hard`, and take no more.
+
+        Args:
+            settle (`Callable`): called with the keeper's lock held, when the loop has ended and the model is given
+                back; not if nobody waited for that.
+            block (`bool`), timeout (`float`, *optional*): whether to wait, and how many seconds at most.
+        """
+        thread = self._thread
+        if thread is not None:
+            self._mailbox.ask_to_stop(hard)
+            self._holds.wake(cache=not hard and bool(self._door.live))
+            if not block or thread is threading.current_thread():
+                return
+            thread.join(timeout)
+            if thread.is_alive():
+                logger.warning(f"the manager did not stop within {timeout} s")
+                return
+        with self.keeper.lock:
+            if thread is None:
+                self._close("the manager was stopped before it was started")
+            self._thread = None
+            self.keeper.loan.give_back()
+            settle()
+
+    def set_recorder(self, recorder: Recorder | None) -> None:
+        """Have what the loop does noted from now on, or no more. It stands still for that, with nothing in flight."""
+        self.recorder = recorder  # for `start`
+        if self.is_running():
+            with suppress(RuntimeError):  # it has ended meanwhile
+                self._mailbox.pause()
+                self.keeper.engine.recorder = recorder
+                self._mailbox.resume()
+        elif self.keeper.engine is not None:
+            self.keeper.engine.recorder = recorder
+
+    def timeline_of(self, recorder: Recorder) -> Timeline:
+        """What was recorded, under the name of what ran. Raises `ValueError` when no step was."""
+        model, overlap = self.keeper.loan.model, "on" if self.keeper.own.overlap else "off"
+        return Timeline.of(recorder, f"{type(model).__name__}, overlap {overlap}", model.device.type)
+
+    def _run(self) -> None:
+        reason = "it has stopped"
+        engine = self.keeper.engine
+        try:
+            engine.run(self._mailbox, self._deliver)
+        except BaseException as error:
+            logger.error(f"async batching failed: {error}", exc_info=True)
+            self.fatal_error = error
+            reason = f"the engine failed with {type(error).__name__}: {error}"
+            self._deliver(engine.scheduler.take_outputs())
+            engine.scheduler.save_all()
+        finally:
+            with self.keeper.lock:  # all steps have retired: nothing on the device is behind what the host has seen
+                self.keeper.loan.give_back()
+            self._close(reason)
+            self._outbox.set_open(False)
+            if self.keeper.own.timeline is not None:
+                self._write_timeline()
+
+    def _close(self, reason: str) -> None:
+        """Take no more requests, and end those that are left."""
+        left = self._submission.close(reason)
+        for request in left:
+            request.finish(reason)
+        self._deliver([request.output() for request in left])
+
+    def _deliver(self, outputs: list[GenerationOutput]) -> None:
+        if not outputs:
+            return
+        with self._outbox.lock:  # a request is live, or its result is there
+            self._door.let_out(output.request_id for output in outputs if output.is_finished())
+            self._outbox.put(outputs)
+
+    def _write_timeline(self) -> None:
+        recorder, self.recorder, self.keeper.engine.recorder = self.recorder, None, None
+        try:
+            if self.fatal_error is None:
+                write(self.keeper.own.timeline, [self.timeline_of(recorder)])
+        except (OSError, ValueError) as error:
+            logger.error(f"the timeline could not be written to {self.keeper.own.timeline}: {error}")

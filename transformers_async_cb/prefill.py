@@ -1,0 +1,92 @@
+"""Prompts on their way into the cache, a chunk of each in a step."""
+
+from __future__ import annotations
+
+from .admission import Admission
+from .inputs import SPARE_CELLS
+from .logprobs import MOST_SCORED
+from .request import MOST_FRESH, Rows
+from .scoring import Scoring
+
+
+class Prefill:
+    """Splits what a step has room for among the prompts that go on, and lets in others while some is left.
+
+    A prompt takes at most half of it while others want some, so that a long one holds nobody up.
+
+    Args:
+        rows (`Rows`): the running requests.
+        admission (`Admission`): lets others in.
+        scoring (`Scoring`): says how many log-probabilities a chunk needs.
+        page_size (`int`): tokens a page holds.
+        whole_prompts (`bool`): compute prompts in one piece.
+    """
+
+    def __init__(
+        self, rows: Rows, admission: Admission, scoring: Scoring, page_size: int, whole_prompts: bool = False
+    ) -> None:
+        self.under_way: list[int] = []  # rows, in the order they were let in
+        self._restored: set[int] = set()  # of those, whose parameters the device has not been told of
+        self._rows = rows
+        self._admission = admission
+        self._scoring = scoring
+        self._page_size = page_size
+        self._whole_prompts = whole_prompts
+
+    def chunks(self, budget: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
+        """`(row, tokens)` of the prompts that go on or begin in a step with room for `budget` tokens; and the rows
+        that begin, with the first column of the page table that the device must be told."""
+        r = self._rows
+        counts: list[int] = []
+        fresh: dict[int, int] = {}
+        spare, share, left, scores = SPARE_CELLS, max(1, budget // 2), budget, MOST_SCORED
+        if self._whole_prompts:
+            share = left
+        coming: set[bytes] = set()
+        if self._admission.line:
+            offering = (row for row in self.under_way if not r.stale[row])
+            coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
+        while left > 0:
+            if len(counts) == len(self.under_way):
+                admitted = self._admission.admit(spare, coming, left, scores) if len(fresh) < MOST_FRESH else None
+                if admitted is None:
+                    break
+                row, first = admitted
+                if r.moving[row]:
+                    continue
+                fresh[row] = first
+                self.under_way.append(row)
+                coming.update(r.request[row].page_keys)
+                spare -= int(r.computed[row]) // self._page_size - first
+            row = self.under_way[len(counts)]
+            count = min(int(r.prefill[row] - r.computed[row]), share, left)
+            count, to_score = self._scoring.within(row, count, scores if self._whole_prompts else -(-scores // 2))
+            counts.append(count)
+            left -= count
+            scores -= to_score
+        chunks = []
+        for row, count in zip(self.under_way, counts, strict=False):  # what nobody else wants
+            most = min(int(r.prefill[row] - r.computed[row]), count + left)
+            to_score = self._scoring.within(row, count, MOST_SCORED)[1]
+            most, all_to_score = self._scoring.within(row, most, to_score + scores)
+            left -= most - count
+            scores -= all_to_score - to_score
+            if most:
+                chunks.append((row, most))
+                if row in self._restored:
+                    self._restored.remove(row)
+                    fresh[row] = int(r.page_count[row])
+        done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
+        self.under_way = [row for row in self.under_way if row not in done]
+        return chunks, fresh
+
+    def restore(self, row: int) -> None:
+        """A row whose pages have come back from the host goes on."""
+        self._restored.add(row)
+        self.under_way.append(row)
+
+    def drop(self, row: int) -> None:
+        """A row does not go on, if it was about to."""
+        self._restored.discard(row)
+        if row in self.under_way:
+            self.under_way.remove(row)
