@@ -29,13 +29,15 @@ class Call(NamedTuple):
     stop_strings: tuple[str, ...]
     settings: dict[str, Any]  # keyword arguments of `add_requests`, beside these
     stream: bool
+    echo: list[str] | None  # texts of the prompts, for answers that begin with theirs
+    special_tokens: bool  # whether the answers' text has them
 
 
 class ScoredToken(NamedTuple):
-    """A token, its log-probability, and those of the likeliest in its place."""
+    """A token, its log-probability (a prompt's first has none), and those of the likeliest in its place."""
 
     token: Spelling
-    logprob: float
+    logprob: float | None
     likeliest: list[tuple[Spelling, float]]
 
 
@@ -94,7 +96,7 @@ class Following:
         """Have the results of the requests that were added come here."""
         sequence_ids = [sequence_id(name, number) for name in request_ids for number in range(self._call.n)]
         for index, request_id in enumerate(sequence_ids):
-            text = AnswerText(self._tokenizer, self._call.stop_strings)
+            text = AnswerText(self._tokenizer, self._call.stop_strings, self._call.special_tokens)
             self._choices[request_id] = _Choice(index, text)
             self._manager.register_result_handler(request_id, self._note)
 
@@ -120,6 +122,11 @@ class Following:
         choice.tokens += new
         ended = output.is_finished()
         text = choice.text.add(new, last=ended)
+        if self._call.echo is not None and not known and output.error is None:
+            text = self._call.echo[choice.index // self._call.n] + text
+            if "prompt_logprobs" in self._call.settings:
+                first = ScoredToken(spelling.spell(self._tokenizer, output.prompt_ids[0]), None, [])
+                scored = [first, *self._score(output.prompt_ids[1:], output.prompt_ranked), *scored]
         reason = error = None
         if ended and output.error is not None:
             error = output.error
