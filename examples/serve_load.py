@@ -3,7 +3,7 @@
 python examples/serve_load.py --shape qwen3-0.6b --requests 256 --prompt-tokens 128 --new-tokens 256
 
 Builds a model of that shape with random weights and a tokenizer with a word for each token, starts one server after
-another, and sends all requests at once, streaming, from a few processes: for a few tokens to warm up, then to measure
+another, and sends all requests at once, streaming, from a few processes: for a few tokens to warm up, then to measure.
 A server that is not done when its time is over is measured by what it has sent until then.
 """
 

@@ -89,11 +89,10 @@ class Running:
     def wait_until_nothing_is_held(self) -> None:
         """Raises `AssertionError` if a request still runs, or holds pages, after a while."""
         scheduler, end = self.manager._engine.scheduler, time.monotonic() + PATIENCE
-        while not scheduler.idle or scheduler.pages.free < scheduler.pages.count:
+        while self.manager._door.live or not scheduler.idle or scheduler.pages.free < scheduler.pages.count:
             assert time.monotonic() < end, "a request that nobody waits for still runs"
             time.sleep(0.01)
         scheduler.check_books()
-        assert not self.manager._door.live
 
 
 @contextmanager

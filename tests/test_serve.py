@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -407,6 +408,22 @@ class TestAServer:
                 client.models.retrieve("other")
         assert ask(f"{server.url}/health") == (200, {"status": "ok"})
 
+    def test_with_a_full_queue_turns_requests_away_and_finishes_the_others(self, folder: Path) -> None:
+        asked = {"model": "tiny", "prompt": "a b", "max_tokens": 5, "temperature": 0}
+        with serving(folder, max_queue_size=2) as server, server.client() as client, ThreadPoolExecutor(2) as threads:
+            with server.manager.pause():
+                waiting = [threads.submit(client.completions.create, **asked) for _ in range(2)]
+                end = time.monotonic() + PATIENCE
+                while server.manager.metrics().waiting < 2:
+                    assert time.monotonic() < end
+                    time.sleep(0.005)
+                with pytest.raises(openai.RateLimitError, match="max_queue_size=2") as raised:
+                    client.completions.create(**asked)
+                assert int(raised.value.response.headers["retry-after"]) > 0
+            answers = [answer.result(PATIENCE).choices[0].text for answer in waiting]
+            assert answers == [server.expected("a b", 5)] * 2
+            assert client.completions.create(**asked).choices[0].text == answers[0]
+
     @pytest.mark.parametrize("form", ["text/plain", "application/openmetrics-text"])
     def test_has_metrics_for_prometheus(self, server: Running, form: str) -> None:
         pytest.importorskip("prometheus_client")
@@ -488,13 +505,25 @@ class TestExamples:
         answer = server.expected("<|user|>a b<|assistant|>", 64)
         assert capsys.readouterr().out.startswith(f"{answer}\nlength 64\n")
 
-    def test_a_load_counts_tokens_and_times_the_first(self, server: Running) -> None:
+    def test_a_load_counts_tokens_and_times_them(self, server: Running) -> None:
         load = runpy.run_path(str(EXAMPLES / "serve_load.py"))
-        answers = load["ask_some"](server.url, load["Load"]("tiny", 5, 4, 7), range(5))
-        assert [answer.tokens for answer in answers] == [7] * 5
-        assert all(0 < answer.first < PATIENCE for answer in answers)
+        asked = load["Load"]("tiny", 5, 4, 7)
+        answers = load["ask_some"](server.url, asked, range(5), time.monotonic() + PATIENCE)
+        assert [(answer.tokens, answer.finished) for answer in answers] == [(7, True)] * 5
+        figures = load["figures"](answers)
+        assert (figures["requests"], figures["finished"]) == (5, 5)
+        assert 0 < figures["first_median"] <= figures["first_95"] <= figures["seconds"] < PATIENCE
         with pytest.raises(RuntimeError, match="does not exist"):
-            load["ask_some"](server.url, load["Load"]("other", 1, 4, 7), range(1))
+            load["ask_some"](server.url, asked._replace(model="other"), range(1), time.monotonic() + PATIENCE)
+
+    def test_a_load_stops_when_its_time_is_over(self, server: Running) -> None:
+        load = runpy.run_path(str(EXAMPLES / "serve_load.py"))
+        with server.manager.pause():
+            answers = load["ask_some"](server.url, load["Load"]("tiny", 2, 4, 7), range(2), time.monotonic() + 0.2)
+        assert not any(answer.finished for answer in answers)
+        with pytest.raises(RuntimeError, match="no token came in time"):
+            load["figures"](answers)
+        server.wait_until_nothing_is_held()
 
 
 class TestTransformersOwnServer:

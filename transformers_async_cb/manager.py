@@ -411,18 +411,19 @@ class AsyncBatchingManager:
         streaming: bool = False,
         record_timestamps: bool = False,
         request_settings: Sequence[Mapping[str, Any]] | None = None,
+        wait: bool = True,
         **per_request: Any,
     ) -> list[str]:
         """Add several requests: all of them, or none if one is not valid. See `add_request`; settings hold for all,
         but `generation_config`, `json_schema`, `regex` and `grammar` may be lists with one for each, and
         `request_settings` one dictionary for each, with whatever `add_request` takes, which goes before the settings
-        of all.
+        of all. With `wait=False` a queue that has no room for them raises `mailbox.QueueFull`, a `RuntimeError`.
         """
         settings = {
             "max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps,
             **per_request,
         }  # fmt: skip
-        return self._submission.add(inputs, None, settings, request_settings, self._may_wait)
+        return self._submission.add(inputs, None, settings, request_settings, wait and self._may_wait)
 
     def add_batch(
         self,

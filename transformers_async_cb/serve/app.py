@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..mailbox import QueueFull
 from ..manager import AsyncBatchingManager
 from ..prompts import encode
 from ..settings import check_stop_strings, eos_ids
@@ -31,6 +32,7 @@ from .tools import CallListReader, FormReader, NamedCallReader, Reader, response
 logger = logging.get_logger(f"transformers.{__name__}")
 
 CLIENT_GONE = 499  # nginx's; nobody reads it
+RETRY_AFTER = 1  # seconds, for a client that finds the queue full
 
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
@@ -112,6 +114,10 @@ class Server:
             raise Refused(400, str(error)) from error
         except ImportError as error:  # what a field needs
             raise Refused(501, str(error)) from error
+        except QueueFull as error:
+            refusal = Refused(429, f"The server is overloaded: {error}.", code="queue_full")
+            refusal.response.headers["retry-after"] = str(RETRY_AFTER)
+            raise refusal from error
         except RuntimeError as error:
             raise Refused(503, str(error)) from error
         following, answer, request_ids = added

@@ -85,11 +85,12 @@ class Following:
         Raises:
             ValueError: the engine does not take one.
             RuntimeError: the engine takes no more requests.
+            QueueFull: too many wait already.
         """
         call = self._call
         return self._manager.add_requests(
             call.prompts, max_new_tokens=call.limit, streaming=call.stream, eos_token_id=list(call.eos_ids),
-            stop_strings=list(call.stop_strings), **call.settings,
+            stop_strings=list(call.stop_strings), wait=False, **call.settings,
         )  # fmt: skip
 
     def begin(self, request_ids: list[str]) -> None:
