@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -202,7 +203,7 @@ class AsyncBatchingManager:
         """Finish the requests that are there, take no more, and give the model back.
 
         Args:
-            block (`bool`): wait for that.
+            block (`bool`): wait for that; `join` does it later.
             timeout (`float`, *optional*): wait at most so many seconds.
             keep_for_next_session (`bool`): keep the manager on the model for the next call.
             hard_stop (`bool`): end the requests that are not finished with an error instead.
@@ -228,9 +229,18 @@ class AsyncBatchingManager:
         if getattr(self.model, CACHED, None) is self:
             delattr(self.model, CACHED)
 
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Wait for a stop that was asked for, at most so many seconds.
+
+        Args:
+            stop_trigger_time (`float`): when that was, of `time.perf_counter`, for the log.
+        """
+        if self._loop.join(timeout):
+            logger.info(f"the manager stopped after {time.perf_counter() - stop_trigger_time:.2f} s")
+
     def destroy(self) -> None:
-        """Stop, failing what is not finished. Safe to call more than once."""
-        self.stop(block=True, hard_stop=True)
+        """Finish the requests that are there, and leave nothing on the model. Safe to call more than once."""
+        self.stop()
 
     @contextmanager
     def pause(self) -> Generator[None]:

@@ -122,7 +122,7 @@ def _generate(
     except (RuntimeError, ValueError) as error:
         sys.exit(f"transformers-async-cb run: {error}")
     finally:
-        manager.destroy()
+        manager.stop(hard_stop=True)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:
