@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import shared_model
 from serving import Running, openai, save_model, serving
 from transformers import AutoTokenizer, LogitsProcessor
 
-from transformers_async_cb.serve.tools import FormReader, ToolCall
+from transformers_async_cb.cli import main
+from transformers_async_cb.serve import listening
+from transformers_async_cb.serve.tools import FormReader, Said, ToolCall, response_template
 
 
 TEMPLATE = (
@@ -154,6 +157,37 @@ class TestACallInTheModelsOwnForm:
             ToolCall("weather", '{"city": "Oslo"}'), ToolCall("lamp", '{"on": true}')
         ]  # fmt: skip
         assert "".join(one.content for one in said) == "b c{}"
+
+
+class TestTheModelsForm:
+    def test_is_what_the_command_was_given_for_models_that_bring_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file, ready = tmp_path / "form.json", []
+        file.write_text(json.dumps(FORM))
+        monkeypatch.setattr(listening.GracefulServer, "run", lambda self: ready.append(self))
+        folder = str(save_model(tmp_path, TEMPLATE))
+        main(["serve", folder, "--device", "cpu", "--response-template", str(file), "--max-queue-size", "3"])
+        server = ready[0]._server
+        assert server._response_template == FORM
+        assert server.manager.continuous_batching_config.max_queue_size == 3
+
+    @pytest.mark.parametrize("content", ["{", '{"fields": {}}', None], ids=["no JSON", "no template", "no file"])
+    def test_has_to_be_one(self, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture) -> None:
+        file = tmp_path / "form.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(SystemExit):
+            main(["serve", "model", "--response-template", str(file)])
+        assert "form.json is no response template" in capsys.readouterr().err
+
+    def test_is_what_transformers_server_knows_where_the_tokenizer_says_nothing(self, tmp_path: Path) -> None:
+        tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path))
+        form = response_template(tokenizer, shared_model("qwen3"))
+        reader = FormReader(tokenizer.get_response_parser(form, prefix="<|im_start|>assistant\n"), parallel=True)
+        said = reader.add('Hm.\n<tool_call>\n{"name": "a", "arguments": {}}\n</tool_call><|im_end|>', last=True)
+        assert said == Said("Hm.", "", [ToolCall("a", "{}")])
+        assert response_template(tokenizer, shared_model("llama")) is None
 
 
 class TestACallThatHasToCome:
