@@ -138,6 +138,14 @@ def test_rows_are_read_as_there_is_room_for_them(tmp_path) -> None:
     assert max(ahead) == 3
 
 
+def test_an_output_that_another_run_writes_to_is_refused(rows, tmp_path) -> None:
+    target = tmp_path / "out.jsonl"
+    file = Answers(str(target), {})
+    with pytest.raises(SystemExit, match="another process is running there"):
+        run(rows, target)
+    file.close()
+
+
 def test_a_source_says_which_column_it_needs(tmp_path) -> None:
     file = tmp_path / "in.jsonl"
     file.write_text('{"question": "?"}\n')

@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         source = Source(options.input, options.split)
         column = options.column or source.column()
         answers = Answers(options.output, _settings(options, column, generation))
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"transformers-async-cb run: {error}")
     total, before = len(source), answers.count
     if before:
