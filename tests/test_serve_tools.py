@@ -134,7 +134,7 @@ class TestACallInTheModelsOwnForm:
                     choice = events.get_final_completion().choices[0]
             else:
                 choice = client.chat.completions.create(model="tiny", messages=ASKED, tools=TOOLS).choices[0]
-        assert choice.message.content.removesuffix("<|end|>") == text
+        assert choice.message.content == text
         assert not choice.message.tool_calls
         assert choice.finish_reason == "stop"
 
@@ -172,14 +172,17 @@ class TestTheModelsForm:
         assert server._response_template == FORM
         assert server.manager.continuous_batching_config.max_queue_size == 3
 
-    @pytest.mark.parametrize("content", ["{", '{"fields": {}}', None], ids=["no JSON", "no template", "no file"])
-    def test_has_to_be_one(self, tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture) -> None:
+    @pytest.mark.parametrize(
+        "content, said", [("{", "form.json is not to be read"), ("{}", "fields must be"), ("[]", "dict")]
+    )
+    def test_has_to_be_one(
+        self, folder: Path, tmp_path: Path, content: str, said: str, capsys: pytest.CaptureFixture
+    ) -> None:
         file = tmp_path / "form.json"
-        if content is not None:
-            file.write_text(content)
-        with pytest.raises(SystemExit):
-            main(["serve", "model", "--response-template", str(file)])
-        assert "form.json is no response template" in capsys.readouterr().err
+        file.write_text(content)
+        with pytest.raises(SystemExit) as raised:
+            main(["serve", str(folder), "--response-template", str(file)])
+        assert said in f"{raised.value}{capsys.readouterr().err}"
 
     def test_is_what_transformers_server_knows_where_the_tokenizer_says_nothing(self, tmp_path: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(save_model(tmp_path))

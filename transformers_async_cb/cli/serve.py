@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, ContinuousBatchingConfig
-from transformers.utils.chat_parsing import ResponseParser
 
 from .. import shapes
 from ..config import AsyncBatchingConfig
@@ -36,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="that requests under way have to finish when the server is to stop (default: 10)",
     )  # fmt: skip
     parser.add_argument(
-        "--response-template", type=_template, metavar="FILE",
+        "--response-template", type=_json, metavar="FILE",
         help="JSON that says how the model writes calls of tools, as transformers' tokenizers have it; for models "
         "that bring none",
     )  # fmt: skip
@@ -53,6 +52,10 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if options.response_template is not None:
         tokenizer.response_template = options.response_template
+        try:
+            tokenizer.get_response_parser(prefix="")
+        except ValueError as error:
+            sys.exit(f"transformers-async-cb serve: --response-template is none: {error}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = shapes.load(options.model, options.device, dtype)
     manager = model.init_continuous_batching(
@@ -69,11 +72,9 @@ def run(options: argparse.Namespace) -> None:
     GracefulServer(server, options.host, options.port, options.grace, log_level="info", access_log=False).run()
 
 
-def _template(file: str) -> dict[str, Any]:
+def _json(file: str) -> Any:
     try:
         with open(file) as opened:
-            template = json.load(opened)
-        ResponseParser(template, prefix="")
+            return json.load(opened)
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{file} is no response template: {error}") from error
-    return template
+        raise argparse.ArgumentTypeError(f"{file} is not to be read: {error}") from error

@@ -122,7 +122,7 @@ class Following:
         scored = self._score(new, output.ranked[known:]) if "logprobs" in self._call.settings else []
         choice.tokens += new
         ended = output.is_finished()
-        text = choice.text.add(new, last=ended)
+        text = choice.text.add(self._spoken(new, ended), last=ended)
         if self._call.echo is not None and not known and output.error is None:
             text = self._call.echo[choice.index // self._call.n] + text
             if "prompt_logprobs" in self._call.settings:
@@ -141,6 +141,11 @@ class Following:
         if not ended and choice.finished and self._call.n == 1:
             self._manager.cancel_request(output.request_id)
         return News(choice.index, text, scored, reason, error)
+
+    def _spoken(self, tokens: list[int], ended: bool) -> list[int]:
+        """Those that are text: the EOS that ends an answer is none, even where special tokens are."""
+        ends = ended and self._call.special_tokens and tokens and tokens[-1] in self._call.eos_ids
+        return tokens[:-1] if ends else tokens
 
     def _score(self, tokens: list[int], ranked: np.ndarray) -> list[ScoredToken]:
         """Tokens with their log-probabilities, as `AsyncGenerationOutput` has them."""

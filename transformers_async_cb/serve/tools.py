@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.chat_parsing import ResponseParser
+
+
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing import ResponseParser
 
 
 # A function without `parameters` has none, as OpenAI's reference has it.
@@ -44,7 +47,7 @@ class FormReader:
     is content, and after JSON that cannot be read all that follows is: what a model said is never lost.
 
     Args:
-        parser (`ResponseParser`): which knows the prompt.
+        parser (`ResponseParser`): of `tokenizer.get_response_parser`, which knows the prompt.
         parallel (`bool`): more calls than the first count.
     """
 
