@@ -407,6 +407,7 @@ class TestAServer:
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("other")
         assert ask(f"{server.url}/health") == (200, {"status": "ok"})
+        assert server.manager.warmed_up
 
     def test_with_a_full_queue_turns_requests_away_and_finishes_the_others(self, folder: Path) -> None:
         asked = {"model": "tiny", "prompt": "a b", "max_tokens": 5, "temperature": 0}

@@ -90,7 +90,8 @@ class Server:
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        """Within, the manager runs."""
+        """Within, the manager runs, and has compiled and captured what would hold up the first clients."""
+        await asyncio.to_thread(self.manager.warmup)
         await asyncio.to_thread(self.manager.start)
         try:
             yield
