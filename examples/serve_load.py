@@ -183,7 +183,7 @@ def served(server: str, folder: str, port: int, device: str, deadline: float) ->
             yield url
         except (RuntimeError, OSError, ValueError) as error:
             log.seek(0)
-            raise RuntimeError(f"{error}\n{log.read()[-2000:].decode(errors='replace')}") from error
+            raise RuntimeError(f"{error}\n{log.read()[-1000:].decode(errors='replace')}") from error
         finally:
             process.terminate()
             try:

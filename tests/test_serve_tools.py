@@ -158,6 +158,15 @@ class TestACallInTheModelsOwnForm:
         ]  # fmt: skip
         assert "".join(one.content for one in said) == "b c{}"
 
+    @pytest.mark.parametrize("pieces", [1, 3, 1000], ids=["by letter", "by three", "at once"])
+    def test_is_kept_if_a_later_one_cannot_be_read(self, folder: Path, pieces: int) -> None:
+        parser = AutoTokenizer.from_pretrained(folder).get_response_parser(prefix="<|assistant|>")
+        reader, text = FormReader(parser, parallel=True), f"a{CALL} and then <call>{{]</call> b {OTHER}"
+        said = [reader.add(text[i : i + pieces], i + pieces >= len(text)) for i in range(0, len(text), pieces)]
+        assert [call.name for one in said for call in one.calls] == ["weather"]
+        content = "".join(one.content for one in said)
+        assert content.startswith("a and then") and content.endswith(f"{{]</call> b {OTHER}")
+
 
 class TestTheModelsForm:
     def test_is_what_the_command_was_given_for_models_that_bring_none(

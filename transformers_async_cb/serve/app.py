@@ -177,8 +177,8 @@ class Server:
             raise Refused(
                 400,
                 "It is not known how this model writes calls of tools: its tokenizer has no response_template, and "
-                "transformers knows of none for models of its type. The server can be given one; or say which tool "
-                "has to be called, or that one has to, with tool_choice.",
+                "transformers has none for models of its type. Give the server one (--response-template), or have "
+                "the model call a tool in any case (tool_choice 'required', or the name of one).",
                 "tools",
             )
         before, tools = self._encoder.decode(prompt), body.template_settings["tools"]

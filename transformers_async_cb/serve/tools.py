@@ -20,6 +20,10 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 _REASONING = ("reasoning_content", "thinking")
 
 
+# Letters that are read at once: where a parser fails, what it has found before is kept but for those.
+_PIECE = 16
+
+
 class ToolCall(NamedTuple):
     """A function, and its arguments as JSON."""
 
@@ -59,17 +63,21 @@ class FormReader:
         self._unread = ""  # fed to the parser since it last said something
 
     def add(self, text: str, last: bool) -> Said:
+        said = Said("", "", [])
+        for start in range(0, len(text), _PIECE):
+            said = self._go_on(said, text[start : start + _PIECE])
+        return self._go_on(said) if last else said
+
+    def _go_on(self, said: Said, text: str | None = None) -> Said:
+        """What has been said after another piece, or at the end."""
         if self._parser is None:
-            return Said(text)
-        self._unread += text
+            return said._replace(content=said.content + (text or ""))
+        self._unread += text or ""
         try:
-            events = self._parser.feed(text)
-            if last:
-                events += self._parser.finalize()[1]
+            events = self._parser.finalize()[1] if text is None else self._parser.feed(text)
         except ValueError:
             self._parser = None
-            return Said(self._unread)
-        said = Said("", "", [])
+            return said._replace(content=said.content + self._unread)
         for event in events:
             said = self._understand(event, said)
         return said
