@@ -114,7 +114,7 @@ class TestARunThatWasKilled:
     def test_of_a_failing_engine_has_its_rows_still_to_do(self, rows, tmp_path, monkeypatch) -> None:
         target = tmp_path / "out.jsonl"
         with monkeypatch.context() as broken:
-            broken.setattr("transformers_async_cb.runner.Runner.step", lambda *_: 1 / 0)
+            broken.setattr("transformers_async_cb.engine.Engine._launch", lambda *_: 1 / 0)
             with pytest.raises(SystemExit, match="the engine failed: division by zero"):
                 run(rows, target)
         assert target.read_text() == ""
