@@ -114,7 +114,7 @@ class TestARunThatWasKilled:
     def test_of_a_failing_engine_has_its_rows_still_to_do(self, rows, tmp_path, monkeypatch) -> None:
         target = tmp_path / "out.jsonl"
         with monkeypatch.context() as broken:
-            broken.setattr("transformers_async_cb.runner.Runner.step", lambda *_: 1 / 0)
+            broken.setattr("transformers_async_cb.engine.Engine._launch", lambda *_: 1 / 0)
             with pytest.raises(SystemExit, match="the engine failed: division by zero"):
                 run(rows, target)
         assert target.read_text() == ""
@@ -136,6 +136,14 @@ def test_rows_are_read_as_there_is_room_for_them(tmp_path) -> None:
     file.close()
     assert file.count == 30
     assert max(ahead) == 3
+
+
+def test_an_output_that_another_run_writes_to_is_refused(rows, tmp_path) -> None:
+    target = tmp_path / "out.jsonl"
+    file = Answers(str(target), {})
+    with pytest.raises(SystemExit, match="another process is running there"):
+        run(rows, target)
+    file.close()
 
 
 def test_a_source_says_which_column_it_needs(tmp_path) -> None:

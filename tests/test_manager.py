@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ def no_manager_outlives_its_test() -> Iterator[None]:
     """A test that fails halfway disturbs no other."""
     yield
     while _managers:
-        _managers.pop().destroy()
+        _managers.pop().stop(hard_stop=True)
 
 
 def generates(prompt: Sequence[int], config: GenerationConfig) -> list[int]:
@@ -555,6 +556,40 @@ class TestStopping:
         manager.destroy()
         manager.destroy()
         assert not manager.is_running()
+
+    def test_for_good_finishes_what_is_there(self, llama) -> None:
+        manager = new_manager(llama)
+        manager.start()
+        request_id = manager.add_request(PROMPT)
+        manager.destroy()
+        assert manager.get_result(request_id).generated_tokens == generates(PROMPT, greedy(8))
+        assert manager._engine is None
+
+    def test_without_waiting_can_be_waited_for(self, llama, log) -> None:
+        log.set_level("INFO", "transformers")
+        manager = new_manager(llama, greedy(60))
+        manager.start()
+        request_id = manager.add_request(PROMPT)
+        begin = time.perf_counter()
+        manager.stop(block=False)
+        manager.join(begin)
+        assert not manager.is_running()
+        assert len(manager.get_result(request_id).generated_tokens) == 60
+        assert re.search(r"the manager stopped after \d+\.\d+ s", log.text)
+        manager.join(begin)
+
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_without_waiting_keeps_the_engine_for_the_next_session_or_not(self, llama, keep: bool) -> None:
+        with started(llama, greedy(8), block=False, persistent_manager=keep) as manager:
+            request_id = manager.add_request(PROMPT)
+        manager.join(time.perf_counter())
+        assert manager.get_result(request_id).error is None
+        assert (manager._engine is not None) == keep
+        if keep:
+            outputs = llama.generate_batch([PROMPT], greedy(8), async_batching=True, persistent_manager=True)
+            assert [output.generated_tokens for output in outputs.values()] == [generates(PROMPT, greedy(8))]
+            assert llama.init_continuous_batching(async_batching=True) is manager
+            manager.destroy()
 
     def test_from_several_threads_at_once_is_harmless(self, llama) -> None:
         manager = new_manager(llama, greedy(50))

@@ -8,126 +8,35 @@ import os
 import random
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import batching, engine_threads, generate_alone, greedy, new_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from conftest import engine_threads, generate_alone, greedy
+from serving import PATIENCE, Running, ask, openai, save_model, serving
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from transformers_async_cb.manager import AsyncBatchingManager
-
-
-openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
-
-from transformers_async_cb.serve import in_transformers  # noqa: E402
-from transformers_async_cb.serve.app import Server, create_app  # noqa: E402
-from transformers_async_cb.serve.spelling import spell  # noqa: E402
+from transformers_async_cb.serve import in_transformers
+from transformers_async_cb.serve.spelling import spell
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PATIENCE = 30
 CONTEXT = 512
 CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a b"}]
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}{{ suffix or '' }}"
-)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and a tokenizer of single bytes, as users find them: `é` is two tokens."""
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(bytes_)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", chat_template=TEMPLATE)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]})
-    path = tmp_path_factory.mktemp("model")
-    tokenizer.save_pretrained(path)
-    new_model("llama", vocab_size=len(tokenizer), initializer_range=0.2).save_pretrained(path)
-    return path
-
-
-def ask(url: str, body: str | dict | None = None) -> tuple[int, dict]:
-    """Status and answer; a body makes it a POST."""
-    data = body if body is None else (body if isinstance(body, str) else json.dumps(body)).encode()
-    request = urllib.request.Request(url, data, {"content-type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
-            return response.status, json.load(response)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-class Running:
-    """A server on a thread of its own, and what a test asks about it."""
-
-    def __init__(self, manager: AsyncBatchingManager, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.manager, self.tokenizer, self.model = manager, tokenizer, manager.model
-        self.twin: AutoModelForCausalLM  # same weights, not on loan
-        config = uvicorn.Config(create_app(Server(manager, tokenizer, "tiny")), port=0, log_level="critical")
-        self.uvicorn = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.uvicorn.run)
-
-    @property
-    def url(self) -> str:
-        host, port = self.uvicorn.servers[0].sockets[0].getsockname()
-        return f"http://{host}:{port}"
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
-
-    def post(self, route: str, body: str | dict) -> tuple[int, dict]:
-        """Status and answer."""
-        return ask(f"{self.url}/v1/{route}", body)
-
-    def expected(self, prompt: str, new_tokens: int) -> str:
-        """What `generate` answers to a text."""
-        tokens = generate_alone(self.twin, self.tokenizer(prompt).input_ids, greedy(new_tokens))
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
-
-    def wait_until_nothing_is_held(self) -> None:
-        """Raises `AssertionError` if a request still runs, or holds pages, after a while."""
-        scheduler, end = self.manager._engine.scheduler, time.monotonic() + PATIENCE
-        while not scheduler.idle or scheduler.pages.free < scheduler.pages.count:
-            assert time.monotonic() < end, "a request that nobody waits for still runs"
-            time.sleep(0.01)
-        scheduler.check_books()
-        assert not self.manager._door.live
-
-
-@contextmanager
-def serving(folder: Path, eos_token_id: int | None = None) -> Iterator[Running]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.generation_config.eos_token_id = eos_token_id
-    manager = model.init_continuous_batching(
-        continuous_batching_config=batching(page_size=16, num_blocks=1024), tokenizer=tokenizer, async_batching=True
-    )
-    running = Running(manager, tokenizer)
-    running.twin = AutoModelForCausalLM.from_pretrained(folder)
-    running.thread.start()
-    end = time.monotonic() + PATIENCE
-    while not running.uvicorn.started:
-        assert running.thread.is_alive() and time.monotonic() < end
-        time.sleep(0.005)
-    try:
-        yield running
-    finally:
-        running.uvicorn.should_exit = True
-        running.thread.join(PATIENCE)
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -182,6 +91,36 @@ class TestLogProbabilities:
         assert whole.text_offset == [0, *ends[:-1]]
         assert [token for chunk in chunks if chunk for token in chunk.tokens] == whole.tokens
         assert [at for chunk in chunks if chunk for at in chunk.text_offset] == whole.text_offset
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_are_of_the_prompt_too_where_that_is_echoed(self, server: Running, stream: bool) -> None:
+        asked = {"model": "tiny", "prompt": ["a b", "c"], "max_tokens": 5, "logprobs": 2, "temperature": 1.0, "n": 2}
+        with server.client() as client:
+            if stream:
+                tokens, logprobs, offsets, top = ([[] for _ in range(4)] for _ in range(4))
+                for chunk in client.completions.create(**asked, echo=True, stream=True):
+                    (choice,) = chunk.choices
+                    if scored := choice.logprobs:
+                        tokens[choice.index] += scored.tokens
+                        logprobs[choice.index] += scored.token_logprobs
+                        offsets[choice.index] += scored.text_offset
+                        top[choice.index] += scored.top_logprobs
+            else:
+                choices = [choice.logprobs for choice in client.completions.create(**asked, echo=True).choices]
+                tokens = [choice.tokens for choice in choices]
+                logprobs = [choice.token_logprobs for choice in choices]
+                offsets = [choice.text_offset for choice in choices]
+                top = [choice.top_logprobs for choice in choices]
+        own = server.manager.add_request("a b", max_new_tokens=1, prompt_logprobs=2)
+        prompt_logprobs = server.manager.get_result(own, timeout=PATIENCE).prompt_logprobs
+        for choice in range(4):
+            prompt = ["a", " ", "b"] if choice < 2 else ["c"]
+            assert tokens[choice][: len(prompt)] == prompt
+            assert len(tokens[choice]) == len(logprobs[choice]) == len(top[choice]) == len(prompt) + 5
+            assert logprobs[choice][0] is None and top[choice][0] is None
+            assert all(len(of_token) == 2 for of_token in top[choice][1:])
+            assert offsets[choice][: len(prompt) + 1] == list(range(len(prompt) + 1))
+        assert logprobs[0][1:3] == logprobs[1][1:3] == pytest.approx(prompt_logprobs, abs=1e-5)
 
     @pytest.mark.parametrize("name, text", [("▁the", " the"), ("<0xC3>", "<0xC3>"), ("<0x41>", "A")])
     def test_spell_tokens_as_they_are_in_the_middle_of_a_text(self, name: str, text: str) -> None:
@@ -242,6 +181,36 @@ class TestAnAnswer:
                 streamed[chunk.choices[0].index] += chunk.choices[0].text
         assert [choice.text for choice in whole.choices] == streamed == [server.expected(p, 8) for p in prompts]
         assert whole.usage.completion_tokens == 24
+
+    @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+    def test_begins_with_the_prompt_if_that_is_to_be_echoed(self, server: Running, stream: bool) -> None:
+        asked = {"model": "tiny", "prompt": ["a b", "c"], "max_tokens": 8, "temperature": 0, "echo": True}
+        texts = ["", ""]
+        with server.client() as client:
+            if stream:
+                for chunk in client.completions.create(**asked, stream=True):
+                    texts[chunk.choices[0].index] += chunk.choices[0].text
+            else:
+                texts = [choice.text for choice in client.completions.create(**asked).choices]
+            ids = client.completions.create(**asked | {"prompt": server.tokenizer("a b").input_ids})
+        assert texts == [prompt + server.expected(prompt, 8) for prompt in asked["prompt"]]
+        assert ids.choices[0].text == texts[0]
+        assert ids.usage.completion_tokens == 8
+
+    def test_costs_the_same_work_for_each_of_its_tokens(
+        self, server: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode, decoded = server.tokenizer.decode, []
+
+        def count(tokens: list[int], **settings: bool) -> str:
+            decoded.append(len(tokens))
+            return decode(tokens, **settings)
+
+        monkeypatch.setattr(server.tokenizer, "decode", count)
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 480, "temperature": 1.0, "seed": 1}
+        with server.client() as client:
+            assert len(list(client.completions.create(**asked, stream=True, logprobs=1))) > 48
+        assert sum(decoded) < 20 * 480
 
     def test_has_as_many_choices_as_asked_for(self, server: Running) -> None:
         with server.client() as client:
@@ -390,7 +359,6 @@ class TestABadRequest:
             ("completions", {"model": "tiny", "prompt": "a", "logit_bias": {"9999": 1}}, 400, None, "9999"),
             ("completions", {"model": "other", "prompt": "a"}, 404, "model", "does not exist"),
             ("chat/completions", {"model": "tiny", "messages": []}, 400, "messages", "at least 1"),
-            ("chat/completions", {"model": "tiny", "messages": CHAT, "tools": []}, 400, "tools", "not supported"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "temperature": -1}, 400, "temperature", "got -1"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "n": 0}, 400, "n", "got 0"),
             ("chat/completions", {"model": "tiny", "messages": CHAT, "top_logprobs": 2}, 400, None, "needs logprobs"),
@@ -439,6 +407,44 @@ class TestAServer:
             with pytest.raises(openai.NotFoundError):
                 client.models.retrieve("other")
         assert ask(f"{server.url}/health") == (200, {"status": "ok"})
+        assert server.manager.warmed_up
+
+    def test_with_a_full_queue_turns_requests_away_and_finishes_the_others(self, folder: Path) -> None:
+        asked = {"model": "tiny", "prompt": "a b", "max_tokens": 5, "temperature": 0}
+        with serving(folder, max_queue_size=2) as server, server.client() as client, ThreadPoolExecutor(2) as threads:
+            with server.manager.pause():
+                waiting = [threads.submit(client.completions.create, **asked) for _ in range(2)]
+                end = time.monotonic() + PATIENCE
+                while server.manager.metrics().waiting < 2:
+                    assert time.monotonic() < end
+                    time.sleep(0.005)
+                with pytest.raises(openai.RateLimitError, match="max_queue_size=2") as raised:
+                    client.completions.create(**asked)
+                assert int(raised.value.response.headers["retry-after"]) > 0
+            answers = [answer.result(PATIENCE).choices[0].text for answer in waiting]
+            assert answers == [server.expected("a b", 5)] * 2
+            assert client.completions.create(**asked).choices[0].text == answers[0]
+
+    @pytest.mark.parametrize("form", ["text/plain", "application/openmetrics-text"])
+    def test_has_metrics_for_prometheus(self, server: Running, form: str) -> None:
+        pytest.importorskip("prometheus_client")
+        server.post("completions", {"model": "tiny", "prompt": "a b", "max_tokens": 7})
+        request = urllib.request.Request(f"{server.url}/metrics", headers={"accept": form})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+            assert response.headers["content-type"].startswith(form)
+            lines = response.read().decode().splitlines()
+        assert "async_batching_tokens_out_total 7.0" in lines
+        assert "async_batching_requests_running 0.0" in lines
+
+    def test_without_prometheus_client_says_what_metrics_need(
+        self, server: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in ("prometheus_client", "prometheus_client.core"):
+            monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.delitem(sys.modules, "transformers_async_cb.prometheus", raising=False)
+        status, answer = ask(f"{server.url}/metrics")
+        assert status == 501
+        assert "transformers-async-cb[metrics]" in answer["error"]["message"]
 
     def test_whose_engine_failed_says_so(self, server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_) -> None:
@@ -452,25 +458,36 @@ class TestAServer:
         assert ask(f"{server.url}/health")[0] == 503
 
     def test_starts_with_the_command_and_stops_when_interrupted(self, folder: Path) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "transformers_async_cb",
-            "serve",
-            str(folder),
-            "--port",
-            "0",
-            "--name",
-            "tiny",
-        ]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-            url = next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        with by_command(folder) as (process, url):
             _, answer = ask(f"{url}/v1/completions", {"model": "tiny", "prompt": "a"})
-            process.send_signal(2)
+            process.send_signal(signal.SIGINT)
             process.stderr.read()
         assert answer["usage"]["completion_tokens"] == 16
-        assert process.returncode in (0, -2)
+        assert process.returncode in (0, -signal.SIGINT)
+
+    def test_that_is_terminated_finishes_what_it_can_and_fails_the_rest(self, folder: Path) -> None:
+        with by_command(folder, "--grace", "0.5", "--max-requests", "2") as (process, url):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+            stream = client.completions.create(model="tiny", prompt=["a"] * 400, max_tokens=500, stream=True)
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="stopped"):
+                list(stream)
+            process.stderr.read()
+        assert process.returncode in (0, -signal.SIGTERM)
+
+
+@contextmanager
+def by_command(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server in a process of its own, and its address; the process has ended afterwards."""
+    command = [sys.executable, "-m", "transformers_async_cb", "serve", str(folder), "--port", "0", "--name", "tiny"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            yield process, next(found[0] for line in process.stderr if (found := re.search(r"http://[\d.:]+", line)))
+        except BaseException:
+            process.kill()
+            raise
 
 
 class TestExamples:
@@ -489,13 +506,25 @@ class TestExamples:
         answer = server.expected("<|user|>a b<|assistant|>", 64)
         assert capsys.readouterr().out.startswith(f"{answer}\nlength 64\n")
 
-    def test_a_load_counts_tokens_and_times_the_first(self, server: Running) -> None:
+    def test_a_load_counts_tokens_and_times_them(self, server: Running) -> None:
         load = runpy.run_path(str(EXAMPLES / "serve_load.py"))
-        answers = load["ask_some"](server.url, load["Load"]("tiny", 5, 4, 7), range(5))
-        assert [answer.tokens for answer in answers] == [7] * 5
-        assert all(0 < answer.first < PATIENCE for answer in answers)
+        asked = load["Load"]("tiny", 5, 4, 7)
+        answers = load["ask_some"](server.url, asked, range(5), time.monotonic() + PATIENCE)
+        assert [(answer.tokens, answer.finished) for answer in answers] == [(7, True)] * 5
+        figures = load["figures"](answers)
+        assert (figures["requests"], figures["finished"]) == (5, 5)
+        assert 0 < figures["first_median"] <= figures["first_95"] <= figures["seconds"] < PATIENCE
         with pytest.raises(RuntimeError, match="does not exist"):
-            load["ask_some"](server.url, load["Load"]("other", 1, 4, 7), range(1))
+            load["ask_some"](server.url, asked._replace(model="other"), range(1), time.monotonic() + PATIENCE)
+
+    def test_a_load_stops_when_its_time_is_over(self, server: Running) -> None:
+        load = runpy.run_path(str(EXAMPLES / "serve_load.py"))
+        with server.manager.pause():
+            answers = load["ask_some"](server.url, load["Load"]("tiny", 2, 4, 7), range(2), time.monotonic() + 0.2)
+        assert not any(answer.finished for answer in answers)
+        with pytest.raises(RuntimeError, match="no token came in time"):
+            load["figures"](answers)
+        server.wait_until_nothing_is_held()
 
 
 class TestTransformersOwnServer:

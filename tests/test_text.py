@@ -61,3 +61,24 @@ def test_what_may_begin_a_stop_string_is_held_until_it_is_known_not_to() -> None
     text = AnswerText(tokenizer, ["abc"])
     assert [text.add([token]) for token in (d, a, b, c, d)] == ["d", "", "", "", ""]
     assert text.stopped
+
+
+@pytest.mark.parametrize(
+    "kind, token", [(byte_level, "©"), (byte_level, "â"), (byte_fallback, "<0xA9>"), (special, "<|end|>")]
+)
+def test_tokens_that_never_make_a_character_are_not_decoded_over_and_over(
+    kind: Callable, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = kind(random.Random(0))
+    decode, decoded = tokenizer.decode, []
+
+    def count(tokens: list[int], **settings: bool) -> str:
+        decoded.append(len(tokens))
+        return decode(tokens, **settings)
+
+    monkeypatch.setattr(tokenizer, "decode", count)
+    a, none = tokenizer.convert_tokens_to_ids(["a", token])
+    text = AnswerText(tokenizer)
+    out = "".join(text.add([token]) for token in [a] + [none] * 300 + [a])
+    assert max(decoded) < 100
+    assert out.replace("\ufffd", "") == "aa"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .json_lines import JsonLines
 from .manager import AsyncBatchingManager
 
 
@@ -99,8 +100,7 @@ class Answers:
     """The output: a line of JSON for each row that is done, in the order in which they finish, and beside it, in
     `<file>.run`, the settings they were made with.
 
-    Opened again with the same settings, it knows which rows are done. Each line is written when its row finishes; a
-    last line that a kill has torn is cut off.
+    Opened again with the same settings, it knows which rows are done. Each line is written when its row finishes.
 
     Args:
         path (`str`): the file.
@@ -108,41 +108,39 @@ class Answers:
 
     Raises:
         ValueError: the file was made with other settings, or by something else.
+        RuntimeError: another process has the file.
     """
 
     def __init__(self, path: str, settings: dict[str, Any]) -> None:
-        self._path, beside = Path(path), Path(f"{path}.run")
-        settings = json.loads(json.dumps(settings))
-        if self._path.exists() and self._path.stat().st_size:
-            if not beside.exists():
-                raise ValueError(f"{path} is there already, and nothing says how it was made: choose another name")
-            before = json.loads(beside.read_text())
-            if different := sorted(
-                name for name in settings.keys() | before if settings.get(name) != before.get(name)
-            ):
-                changes = ", ".join(f"{name} ({before.get(name)!r}, now {settings.get(name)!r})" for name in different)
-                raise ValueError(f"{path} was begun with other settings, {changes}: choose another name")
-        else:
-            beside.write_text(json.dumps(settings, indent=1) + "\n")
+        self._path = Path(path)
         self._done = bytearray()  # [rows]
         self.count = self.failed = 0
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
-        self._read()
+        self._lines = JsonLines(self._path, Path(f"{path}.lock"))
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._compare(json.loads(json.dumps(settings)))
+            self._read()
+            undo.pop_all()
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        """With those of the run that began the file; note them if this does."""
+        beside = Path(f"{self._path}.run")
+        if not self._path.stat().st_size:
+            beside.write_text(json.dumps(settings, indent=1) + "\n")
+            return
+        if not beside.exists():
+            raise ValueError(f"{self._path} is there already, and nothing says how it was made: choose another name")
+        before = json.loads(beside.read_text())
+        if different := sorted(name for name in settings.keys() | before if settings.get(name) != before.get(name)):
+            changes = ", ".join(f"{name} ({before.get(name)!r}, now {settings.get(name)!r})" for name in different)
+            raise ValueError(f"{self._path} was begun with other settings, {changes}: choose another name")
 
     def _read(self) -> None:
-        whole = 0
-        with open(self._path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    answer = json.loads(line)
-                    self._note(answer["index"], "error" in answer)
-                except (ValueError, TypeError, KeyError):
-                    self._file.close()
-                    raise ValueError(f"{self._path}, line {number}, is not an answer of a run") from None
-                whole += len(line)
-        os.truncate(self._path, whole)
+        for number, answer in enumerate(self._lines.read(), 1):
+            try:
+                self._note(answer["index"], "error" in answer)
+            except (TypeError, KeyError):
+                raise ValueError(f"{self._path}, line {number}, is not an answer of a run") from None
 
     def __contains__(self, index: int) -> bool:
         return index < len(self._done) and bool(self._done[index])
@@ -155,13 +153,11 @@ class Answers:
         self.failed += failed
 
     def write(self, row: Row, answer: dict[str, Any]) -> None:
-        line = json.dumps({"index": row.index, **answer, "row": row.values}, ensure_ascii=False, default=str)
-        self._file.write(line.encode() + b"\n")
+        self._lines.write({"index": row.index, **answer, "row": row.values}, ensure_ascii=False, default=str)
         self._note(row.index, "error" in answer)
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._lines.close()
 
 
 def answer_all(

@@ -53,7 +53,7 @@ def init_continuous_batching(
     own = AsyncBatchingConfig.from_flag(async_batching)
     workload = workload_hints if isinstance(workload_hints, Workload) else Workload.from_hints(workload_hints)
     if continuous_batching_config is None:
-        continuous_batching_config = getattr(generation_config, "continuous_batching_config", None)
+        continuous_batching_config = _batching_config(model, generation_config)
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
     if cached is not None and cached.is_running():
         raise RuntimeError("this model is generating already: stop the manager that has it first")
@@ -69,6 +69,14 @@ def init_continuous_batching(
         )
     cached.take_up(generation_config, overrides, workload, tokenizer, stopping_criteria, logits_processor)
     return cached
+
+
+def _batching_config(
+    model: PreTrainedModel, generation_config: GenerationConfig | None
+) -> ContinuousBatchingConfig | None:
+    """The one that a generation config may have with it, which transformers calls deprecated."""
+    config = model.generation_config if generation_config is None else generation_config
+    return getattr(config, "continuous_batching_config", None)
 
 
 @contextmanager
@@ -225,9 +233,7 @@ def run_batch(
     choose: Callable[[list[Request]], list[Request]] = list
     if resume is not None:
         journal, request_ids = Journal(resume), [f"req_{i}" for i in range(len(prompts))]
-        batching = init["continuous_batching_config"]
-        if batching is None:
-            batching = getattr(init["generation_config"], "continuous_batching_config", None)
+        batching = init["continuous_batching_config"] or _batching_config(model, init["generation_config"])
         batching = batching or ContinuousBatchingConfig()
         seed = batching.seed
         if seed is None:
@@ -247,7 +253,7 @@ def run_batch(
                 try:
                     manager.start()
                 except BaseException:
-                    manager.destroy()
+                    manager.stop(hard_stop=True)
                     raise
     except BaseException:
         if journal is not None:
@@ -282,7 +288,7 @@ def _results(
             manager.stop(hard_stop=True, keep_for_next_session=keep)
             raise
         except BaseException:
-            manager.destroy()
+            manager.stop(hard_stop=True)
             raise
         manager.stop(keep_for_next_session=keep)
     manager.hand_back(others)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from hashlib import blake2b
@@ -13,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .grammars import Constraint
+from .json_lines import JsonLines
 from .logits import Processors
 from .logprobs import PromptScores
 from .request import Request
@@ -29,16 +27,13 @@ _NOT_THE_RUN = {
     "prompt_length", "arrival", "priority", "deadline", "page_keys", "created_time", "status", "error", "started_time",
     "finished_time", "logprobs", "timestamps", "streaming", "family",
 }  # fmt: skip
-SYNC_EVERY = 1.0  # seconds
 
 
 class Journal:
     """The finished requests of one run, a line of JSON each, in `results.jsonl` of a folder.
 
-    A line is written when its request finishes, and the file is synchronised with the disk once a second: a process
-    that is killed loses nothing that was finished, a machine that goes down what finished in its last second. A last
-    line that is not whole is cut off. The first line holds the seed, and digests of what the run was asked for and of
-    the model's weights. Requests that failed are not recorded, and so tried again.
+    A line is written when its request finishes. The first line holds the seed, and digests of what the run was asked
+    for and of the model's weights. Requests that failed are not recorded, and so tried again.
 
     Args:
         folder (`str`): made if it is not there. One process at a time may have it.
@@ -51,18 +46,13 @@ class Journal:
     def __init__(self, folder: str | os.PathLike) -> None:
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._path = self._folder / "results.jsonl"
-        self._synchronised = time.monotonic()
-        self._held = ExitStack()  # the lock and the file
-        try:
-            self._held.enter_context(FileLock(self._folder / "lock", timeout=0))
-        except Timeout:
-            raise RuntimeError(f"resume={str(folder)!r}: another process is running there") from None
+        path = self._folder / "results.jsonl"
+        self._lines = JsonLines(path, self._folder / "lock")
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._file = self._held.enter_context(open(self._path, "ab"))
-            self._held.callback(self._synchronise)
-            header, *self._lines = self._read() or [None]
+            header, *self._found = list(self._lines.read()) or [None]
+            if header is not None and not (isinstance(header, dict) and {"run", "seed"} <= header.keys()):
+                raise ValueError(f"{path} is not the journal of a run: give a folder of its own")
             undo.pop_all()
         self._header: dict[str, Any] | None = header
         self.finished: dict[str, GenerationOutput] = {}  # by request id
@@ -71,26 +61,6 @@ class Journal:
     def seed(self) -> int | None:
         """The run's, `None` if it is new."""
         return None if self._header is None else self._header["seed"]
-
-    def _read(self) -> list[dict[str, Any]]:
-        """The lines that are whole; what follows them is cut off."""
-        content = self._path.read_bytes()
-        lines, whole = [], 0
-        for number, line in enumerate(content.splitlines(keepends=True), 1):
-            try:
-                if not line.endswith(b"\n"):
-                    break
-                lines.append(json.loads(line))
-            except ValueError:
-                if whole + len(line) < len(content):
-                    raise ValueError(f"{self._path}, line {number}: this is no line of a journal") from None
-                break
-            whole += len(line)
-        if whole < len(content):
-            self._file.truncate(whole)
-        if lines and not (isinstance(lines[0], dict) and {"run", "seed"} <= lines[0].keys()):
-            raise ValueError(f"{self._path} is not the journal of a run: give a folder of its own")
-        return lines
 
     def begin(self, requests: list[Request], seed: int, weights: tuple) -> list[Request]:
         """Begin this run, or go on with it; returns the requests that are not finished.
@@ -109,15 +79,15 @@ class Journal:
                 name = {"tokens": "prompts", "id": "request ids"}.get(field.name, field.name)
                 run[name] = _digest(_spell(getattr(request, field.name)) for request in requests)
         if self._header is None:
-            self._write({"run": run, "seed": seed})
-            self._synchronise()
+            self._lines.write({"run": run, "seed": seed})
+            self._lines.synchronise()
         elif different := [name for name in run if run[name] != self._header["run"].get(name)]:
             raise ValueError(
                 f"resume={str(self._folder)!r} has the results of another run, with other {', '.join(different)}: "
                 "give this run a folder of its own"
             )
         by_id = {request.id: request for request in requests}
-        for line in self._lines:
+        for line in self._found:
             request = by_id[line.pop("request_id")]
             self.finished[request.id] = dataclasses.replace(request.output(), **_from_plain(line))
         return [request for request in requests if request.id not in self.finished]
@@ -128,20 +98,10 @@ class Journal:
             return
         values = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
         del values["prompt_ids"]
-        self._write(_to_plain(values))
-        if time.monotonic() - self._synchronised > SYNC_EVERY:
-            self._synchronise()
+        self._lines.write(_to_plain(values))
 
     def close(self) -> None:
-        self._held.close()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-
-    def _synchronise(self) -> None:
-        os.fsync(self._file.fileno())
-        self._synchronised = time.monotonic()
+        self._lines.close()
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class LoopThread:
         self._mailbox = mailbox
         self._outbox = outbox
         self._thread: threading.Thread | None = None
+        self._ended = True  # the loop has, and settled what it was asked to; guarded by the keeper's lock
+        self._settle: Callable[[], None] | None = None  # when it has ended, since nobody waits for that
 
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -79,6 +81,7 @@ class LoopThread:
         self.keeper.engine.lanes.enter()
         self._mailbox.reopen()
         self._outbox.set_open(True)
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
         _started.add(self)
         self._thread.start()
@@ -90,18 +93,16 @@ class LoopThread:
 
         Args:
             settle (`Callable`): called with the keeper's lock held, when the loop has ended and the model is given
-                back; not if nobody waited for that.
+                back: on this thread, or on the loop's if nobody waits for that.
             block (`bool`), timeout (`float`, *optional*): whether to wait, and how many seconds at most.
         """
         thread = self._thread
         if thread is not None:
             self._mailbox.ask_to_stop(hard)
             self._holds.wake(cache=not hard and bool(self._door.live))
-            if not block or thread is threading.current_thread():
+            if (not block or thread is threading.current_thread()) and self._settle_later(settle):
                 return
-            thread.join(timeout)
-            if thread.is_alive():
-                logger.warning(f"the manager did not stop within {timeout} s")
+            if not self.join(timeout):
                 return
         with self.keeper.lock:
             if thread is None:
@@ -109,6 +110,23 @@ class LoopThread:
             self._thread = None
             self.keeper.loan.give_back()
             settle()
+
+    def _settle_later(self, settle: Callable[[], None]) -> bool:
+        """Leave that to the loop's thread, unless that has ended."""
+        with self.keeper.lock:
+            if not self._ended:
+                self._settle = settle
+            return not self._ended
+
+    def join(self, timeout: float | None) -> bool:
+        """Wait for the loop to end, at most so many seconds; whether it has."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout)
+            if thread.is_alive():
+                logger.warning(f"the manager did not stop within {timeout} s")
+                return False
+        return True
 
     def set_recorder(self, recorder: Recorder | None) -> None:
         """Have what the loop does noted from now on, or no more. It stands still for that, with nothing in flight."""
@@ -144,6 +162,10 @@ class LoopThread:
             self._outbox.set_open(False)
             if self.keeper.own.timeline is not None:
                 self._write_timeline()
+            with self.keeper.lock:
+                settle, self._settle, self._ended = self._settle, None, True
+                if settle is not None:
+                    settle()
 
     def _close(self, reason: str) -> None:
         """Take no more requests, and end those that are left."""

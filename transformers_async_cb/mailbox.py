@@ -24,6 +24,10 @@ class Mail(NamedTuple):
     cancelled: list[Request]
 
 
+class QueueFull(RuntimeError):
+    """There is no room for more requests that wait to begin."""
+
+
 class Mailbox:
     """What reaches the loop from other threads, and the condition it waits on when there is nothing to do.
 

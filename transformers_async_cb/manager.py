@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -202,7 +203,7 @@ class AsyncBatchingManager:
         """Finish the requests that are there, take no more, and give the model back.
 
         Args:
-            block (`bool`): wait for that.
+            block (`bool`): wait for that; `join` does it later.
             timeout (`float`, *optional*): wait at most so many seconds.
             keep_for_next_session (`bool`): keep the manager on the model for the next call.
             hard_stop (`bool`): end the requests that are not finished with an error instead.
@@ -228,9 +229,18 @@ class AsyncBatchingManager:
         if getattr(self.model, CACHED, None) is self:
             delattr(self.model, CACHED)
 
+    def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
+        """Wait for a stop that was asked for, at most so many seconds.
+
+        Args:
+            stop_trigger_time (`float`): when that was, of `time.perf_counter`, for the log.
+        """
+        if self._loop.join(timeout):
+            logger.info(f"the manager stopped after {time.perf_counter() - stop_trigger_time:.2f} s")
+
     def destroy(self) -> None:
-        """Stop, failing what is not finished. Safe to call more than once."""
-        self.stop(block=True, hard_stop=True)
+        """Finish the requests that are there, and leave nothing on the model. Safe to call more than once."""
+        self.stop()
 
     @contextmanager
     def pause(self) -> Generator[None]:
@@ -411,18 +421,19 @@ class AsyncBatchingManager:
         streaming: bool = False,
         record_timestamps: bool = False,
         request_settings: Sequence[Mapping[str, Any]] | None = None,
+        wait: bool = True,
         **per_request: Any,
     ) -> list[str]:
         """Add several requests: all of them, or none if one is not valid. See `add_request`; settings hold for all,
         but `generation_config`, `json_schema`, `regex` and `grammar` may be lists with one for each, and
         `request_settings` one dictionary for each, with whatever `add_request` takes, which goes before the settings
-        of all.
+        of all. With `wait=False` a queue that has no room for them raises `mailbox.QueueFull`, a `RuntimeError`.
         """
         settings = {
             "max_new_tokens": max_new_tokens, "streaming": streaming, "record_timestamps": record_timestamps,
             **per_request,
         }  # fmt: skip
-        return self._submission.add(inputs, None, settings, request_settings, self._may_wait)
+        return self._submission.add(inputs, None, settings, request_settings, wait and self._may_wait)
 
     def add_batch(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 from .door import Door
 from .grammars import STRUCTURES
-from .mailbox import Mailbox
+from .mailbox import Mailbox, QueueFull
 from .prompts import Prompt
 from .request import Request
 
@@ -40,7 +40,8 @@ class Submission:
 
         Raises:
             ValueError: one is not valid.
-            RuntimeError: the loop takes no more requests, or there is no room.
+            RuntimeError: the loop takes no more requests.
+            QueueFull: there is no room, and they may not wait for it.
         """
         self._compile(settings, request_settings)
         with self._lock:
@@ -50,9 +51,9 @@ class Submission:
                 self._mailbox.post(*requests)
             elif not may_wait:
                 self._mailbox.check_open()
-                raise RuntimeError(
-                    f"the queue has no room for {len(requests)} more requests (max_queue_size="
-                    f"{self._mailbox.bound}), and nothing takes any out of it before the manager runs"
+                raise QueueFull(
+                    f"the queue has no room for {len(requests)} more requests (max_queue_size={self._mailbox.bound}), "
+                    "and these may not wait for it"
                 )
             self._door.let_in(requests)
         if not at_once:

@@ -9,11 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character, or none yet
 
+# Bytes that may lack the rest of a character: the longest has four.
+_MAY_BE_FINISHED = 3
+
+# Tokens that are kept for the rest of a character. More that are none never will be, and would be decoded each time.
+_PATIENCE = 32
+
 
 class AnswerText:
     """Turns tokens into text as they come. What it has given out never changes: whole characters only, and nothing
     that may yet turn out to begin a stop string. All pieces together are the text of all tokens, special ones left
-    out, up to the first stop string or a character that the last token leaves unfinished.
+    out or not, up to the first stop string or a character that the last token leaves unfinished.
 
     A token's text may depend on the one before it (a leading space, a part of a character). So each piece is what the
     text of the last tokens gains, taken from where characters were whole.
@@ -21,14 +27,18 @@ class AnswerText:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): decodes the tokens.
         stop (`Sequence[str]`): the strings to end before, none empty.
+        special_tokens (`bool`): whether these are part of the text.
 
     Attributes:
         stopped (`bool`): a stop string was found; there is no more text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), special_tokens: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._special_tokens = special_tokens
         self._tokens: list[int] = []  # from the last piece on
         self._known = ""  # text of the first of them, which is out
         self._known_tokens = 0
@@ -39,15 +49,18 @@ class AnswerText:
         """The text that may be given out now. `last`: no more tokens follow."""
         if self.stopped:
             return ""
+        overdue = len(self._tokens) - self._known_tokens > _PATIENCE
         self._tokens += tokens
         text = self._decode(self._tokens)
-        if last:
-            text = text.rstrip(_UNFINISHED)
-        new = "" if text.endswith(_UNFINISHED) else text[len(self._known) :]
-        if new:
+        unfinished = len(text) - len(text.rstrip(_UNFINISHED))
+        held_back = unfinished if last else min(unfinished, _MAY_BE_FINISHED)
+        new = text[len(self._known) : len(text) - held_back] if last or overdue or not unfinished else ""
+        if new or overdue:
             self._held += new
             self._tokens = self._tokens[self._known_tokens :]
-            self._known, self._known_tokens = self._decode(self._tokens), len(self._tokens)
+            self._known_tokens = len(self._tokens)
+            known = self._decode(self._tokens)
+            self._known = known[: len(known) - held_back]
         return self._until_stop(last)
 
     def _until_stop(self, last: bool) -> str:
@@ -66,4 +79,6 @@ class AnswerText:
         return next((n for n in range(longest, 0, -1) if self._held.endswith(string[:n])), 0)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=not self._special_tokens, clean_up_tokenization_spaces=False
+        )

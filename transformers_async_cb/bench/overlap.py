@@ -71,4 +71,4 @@ def observe(
         timeline = Timeline.of(recorder, name, model.device.type)
         return Observation(timeline, manager.metrics(), manager.choices, runner.compiled, runner.graphs.on)
     finally:
-        manager.destroy()
+        manager.stop(hard_stop=True)

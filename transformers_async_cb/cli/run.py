@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         source = Source(options.input, options.split)
         column = options.column or source.column()
         answers = Answers(options.output, _settings(options, column, generation))
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(f"transformers-async-cb run: {error}")
     total, before = len(source), answers.count
     if before:
@@ -122,7 +122,7 @@ def _generate(
     except (RuntimeError, ValueError) as error:
         sys.exit(f"transformers-async-cb run: {error}")
     finally:
-        manager.destroy()
+        manager.stop(hard_stop=True)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:

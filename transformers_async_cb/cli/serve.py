@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, ContinuousBatchingConfig
 
 from .. import shapes
 from ..config import AsyncBatchingConfig
-
-
-# Seconds that answers under way get when the server is asked to stop.
-GRACE = 10
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -28,18 +26,36 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-requests", type=int, metavar="N", help="that run at once")
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="in one step")
     parser.add_argument("--memory", type=float, metavar="SHARE", help="of the free memory, for keys and values")
+    parser.add_argument(
+        "--max-queue-size", type=int, default=0, metavar="N",
+        help="that wait to begin, when more are answered with 429 (default: any number)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--grace", type=float, default=10, metavar="SECONDS",
+        help="that requests under way have to finish when the server is to stop (default: 10)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--response-template", type=_json, metavar="FILE",
+        help="JSON that says how the model writes calls of tools, as transformers' tokenizers have it; for models "
+        "that bring none",
+    )  # fmt: skip
     parser.add_argument("--no-overlap", action="store_true", help="keep one batch in flight, to compare")
 
 
 def run(options: argparse.Namespace) -> None:
     """Load the model and serve it until interrupted."""
     try:
-        import uvicorn
-
-        from ..serve.app import Server, create_app
+        from ..serve.app import Server
+        from ..serve.listening import GracefulServer
     except ImportError as error:
         sys.exit(f"serve needs {error.name}: pip install 'transformers-async-cb[serve]'")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if options.response_template is not None:
+        tokenizer.response_template = options.response_template
+        try:
+            tokenizer.get_response_parser(prefix="")
+        except ValueError as error:
+            sys.exit(f"transformers-async-cb serve: --response-template is none: {error}")
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     model = shapes.load(options.model, options.device, dtype)
     manager = model.init_continuous_batching(
@@ -47,12 +63,18 @@ def run(options: argparse.Namespace) -> None:
             max_requests_per_batch=options.max_requests,
             max_batch_tokens=options.max_batch_tokens,
             max_memory_percent=options.memory,
+            max_queue_size=options.max_queue_size,
         ),
         tokenizer=tokenizer,
         async_batching=AsyncBatchingConfig(overlap=not options.no_overlap),
     )
-    app = create_app(Server(manager, tokenizer, options.name or options.model))
-    uvicorn.run(
-        app, host=options.host, port=options.port, log_level="info", access_log=False,
-        timeout_graceful_shutdown=GRACE,
-    )  # fmt: skip
+    server = Server(manager, tokenizer, options.name or options.model)
+    GracefulServer(server, options.host, options.port, options.grace, log_level="info", access_log=False).run()
+
+
+def _json(file: str) -> Any:
+    try:
+        with open(file) as opened:
+            return json.load(opened)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file} is not to be read: {error}") from error

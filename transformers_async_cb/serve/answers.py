@@ -10,6 +10,7 @@ from typing import Any
 
 from .following import News, ScoredToken
 from .spelling import Spelling
+from .tools import Reader, Said, ToolCall
 
 
 class _Answer:
@@ -39,8 +40,8 @@ class _Answer:
     def whole(self, usage: dict[str, int]) -> dict[str, Any]:
         """The answer that is not streamed."""
         choices = [
-            {"index": i, **self._content(text), "logprobs": self._logprobs(i), "finish_reason": reason}
-            for i, (text, reason) in enumerate(zip(self._texts, self._reasons, strict=True))
+            {"index": i, **self._content(i), "logprobs": self._logprobs(i), "finish_reason": reason}
+            for i, reason in enumerate(self._reasons)
         ]
         return {**self._head, "object": self.whole_object, "choices": choices, "usage": usage}
 
@@ -72,7 +73,8 @@ class _Answer:
     def _in_form(self, choice: int, scored: list[ScoredToken]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, choice: int) -> dict[str, Any]:
+        """The whole of a choice."""
         raise NotImplementedError
 
     def _delta(self, text: str | None) -> dict[str, Any]:
@@ -80,16 +82,59 @@ class _Answer:
 
 
 class ChatAnswer(_Answer):
-    """Of `/v1/chat/completions`."""
+    """Of `/v1/chat/completions`.
+
+    Args:
+        readers (`list[Reader]`, *optional*): one for each choice, to find calls of tools in its text.
+    """
 
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, choices: int, readers: list[Reader] | None = None) -> None:
+        super().__init__(model, choices)
+        self._readers = readers
+        self._reasoning = [""] * choices
+        self._calls: list[list[ToolCall]] = [[] for _ in range(choices)]
+
+    def take(self, news: News) -> None:
+        said, reason = self._read(news)
+        super().take(news._replace(text=said.content, finish_reason=reason))
+        self._reasoning[news.choice] += said.reasoning
 
     def opening(self) -> Iterator[dict[str, Any]]:
         for choice in range(len(self._texts)):
             yield self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}, None)
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def chunks(self, news: News) -> Iterator[dict[str, Any]]:
+        said, reason = self._read(news)
+        if said.reasoning:
+            yield self._chunk(news.choice, {"delta": {"reasoning_content": said.reasoning}}, None)
+        yield from super().chunks(news._replace(text=said.content, finish_reason=None))
+        first = len(self._calls[news.choice]) - len(said.calls)
+        for index, call in enumerate(said.calls, first):
+            yield self._chunk(
+                news.choice, {"delta": {"tool_calls": [{"index": index} | _in_openais_form(call)]}}, None
+            )
+        if reason is not None:
+            yield self._chunk(news.choice, self._delta(None), reason)
+
+    def _read(self, news: News) -> tuple[Said, str | None]:
+        """What a text says, and why it is finished."""
+        if self._readers is None:
+            return Said(news.text), news.finish_reason
+        said = self._readers[news.choice].add(news.text, last=news.finish_reason is not None)
+        calls = self._calls[news.choice]
+        calls += said.calls
+        return said, "tool_calls" if calls and news.finish_reason == "stop" else news.finish_reason
+
+    def _content(self, choice: int) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": self._texts[choice]}
+        if self._calls[choice]:
+            message["content"] = message["content"] or None
+            message["tool_calls"] = [_in_openais_form(call) for call in self._calls[choice]]
+        if self._reasoning[choice]:
+            message["reasoning_content"] = self._reasoning[choice]
+        return {"message": message}
 
     def _delta(self, text: str | None) -> dict[str, Any]:
         return {"delta": {} if text is None else {"content": text}}
@@ -99,6 +144,11 @@ class ChatAnswer(_Answer):
             _token(s.token, s.logprob) | {"top_logprobs": [_token(*other) for other in s.likeliest]} for s in scored
         ]
         return {"content": content, "refusal": None}
+
+
+def _in_openais_form(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 def _token(token: Spelling, logprob: float) -> dict[str, Any]:
@@ -114,8 +164,8 @@ class CompletionAnswer(_Answer):
         super().__init__(model, choices)
         self._offsets = [0] * choices  # in characters, of the next token
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _content(self, choice: int) -> dict[str, Any]:
+        return {"text": self._texts[choice]}
 
     def _delta(self, text: str | None) -> dict[str, Any]:
         return {"text": text or ""}
@@ -123,10 +173,10 @@ class CompletionAnswer(_Answer):
     def _in_form(self, choice: int, scored: list[ScoredToken]) -> dict[str, Any]:
         offsets = list(accumulate((len(s.token.text) for s in scored), initial=self._offsets[choice]))
         self._offsets[choice] = offsets.pop()
-        likeliest = [{token.text: logprob for token, logprob in s.likeliest} for s in scored]
+        likeliest = [{token.text: logprob for token, logprob in s.likeliest} or None for s in scored]
         return {
             "tokens": [s.token.text for s in scored],
             "token_logprobs": [s.logprob for s in scored],
-            "top_logprobs": likeliest if likeliest[0] else None,
+            "top_logprobs": likeliest if any(likeliest) else None,
             "text_offset": offsets,
         }

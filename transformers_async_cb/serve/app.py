@@ -19,17 +19,20 @@ from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..mailbox import QueueFull
 from ..manager import AsyncBatchingManager
 from ..prompts import encode
 from ..settings import check_stop_strings, eos_ids
 from .answers import ChatAnswer, CompletionAnswer
 from .bodies import Body, Chat, Completion
 from .following import Call, Following
+from .tools import CallListReader, FormReader, NamedCallReader, Reader, response_template
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 CLIENT_GONE = 499  # nginx's; nobody reads it
+RETRY_AFTER = 1  # seconds, for a client that finds the queue full
 
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
@@ -78,6 +81,7 @@ class Server:
         self._tokenizer = tokenizer
         # Texts are encoded on one thread, and the answers decoded on the event loop's: a tokenizer is for one thread.
         self._encoder = copy.deepcopy(tokenizer)
+        self._response_template = response_template(tokenizer, manager.model)
         self._door = ThreadPoolExecutor(1, thread_name_prefix="async-batching-serve")
         config = manager.model.generation_config
         self._eos_ids = eos_ids(config.eos_token_id)
@@ -86,13 +90,18 @@ class Server:
 
     @asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
-        """Within, the manager runs."""
+        """Within, the manager runs, and has compiled and captured what would hold up the first clients."""
+        await asyncio.to_thread(self.manager.warmup)
         await asyncio.to_thread(self.manager.start)
         try:
             yield
         finally:
             self._door.shutdown()
             await asyncio.to_thread(self.manager.stop, hard_stop=True)
+
+    def end(self) -> None:
+        """Fail the requests that are not finished, and take no more. Does not wait for that."""
+        self.manager.stop(block=False, hard_stop=True)
 
     # ------------------------------------------------------------------------------------------------ calls
 
@@ -101,15 +110,19 @@ class Server:
         if body.model != self.name:
             raise self.unknown_model(body.model)
         try:
-            following, request_ids = await asyncio.get_running_loop().run_in_executor(self._door, self._add, body)
+            added = await asyncio.get_running_loop().run_in_executor(self._door, self._add, body)
         except ValueError as error:
             raise Refused(400, str(error)) from error
         except ImportError as error:  # what a field needs
             raise Refused(501, str(error)) from error
+        except QueueFull as error:
+            refusal = Refused(429, f"The server is overloaded: {error}.", code="queue_full")
+            refusal.response.headers["retry-after"] = str(RETRY_AFTER)
+            raise refusal from error
         except RuntimeError as error:
             raise Refused(503, str(error)) from error
+        following, answer, request_ids = added
         following.begin(request_ids)
-        answer = (ChatAnswer if isinstance(body, Chat) else CompletionAnswer)(self.name, body.n * len(request_ids))
         if body.stream:
             return Events(self._events(following, answer, body.include_usage), following)
         return await self._whole(request, following, answer)
@@ -121,16 +134,61 @@ class Server:
         """The model, as `/v1/models` lists it."""
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "transformers-async-cb"}
 
-    def _add(self, body: Body) -> tuple[Following, list[str]]:
-        following = Following(self.manager, self._tokenizer, self._call(body))
-        return following, following.add()
+    def metrics(self, accept: str) -> Response:
+        """The engine's, for Prometheus, in one of the forms that a client accepts."""
+        try:
+            from ..prometheus import ManagerCollector
+        except ImportError as error:
+            raise Refused(501, str(error)) from error
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import choose_encoder
 
-    def _call(self, body: Body) -> Call:
+        registry = CollectorRegistry()
+        registry.register(ManagerCollector(self.manager))
+        encoder, content_type = choose_encoder(accept)
+        return Response(encoder(registry), headers={"content-type": content_type})
+
+    def _add(self, body: Body) -> tuple[Following, ChatAnswer | CompletionAnswer, list[str]]:
         if isinstance(body, Chat):
-            messages = [message.for_template() for message in body.messages]
-            prompts = [encode("messages", messages, self._encoder, **body.chat_template_kwargs)]
+            prompts = [self._chat(body)]
+            answer = ChatAnswer(self.name, body.n, self._readers(body, prompts[0]))
         else:
             prompts = [encode("prompt", prompt, self._encoder) for prompt in body.prompts]
+            answer = CompletionAnswer(self.name, body.n * len(prompts))
+        following = Following(self.manager, self._tokenizer, self._call(body, prompts))
+        return following, answer, following.add()
+
+    def _chat(self, body: Chat) -> list[int]:
+        """The prompt of a chat."""
+        if body.offers_tools and "tools" not in self._encoder.get_chat_template(tools=[]):
+            raise Refused(400, "The model's chat template does not take tools.", "tools")
+        messages = [message.for_template() for message in body.messages]
+        return encode("messages", messages, self._encoder, **body.template_settings)
+
+    def _readers(self, body: Chat, prompt: list[int]) -> list[Reader] | None:
+        """What finds the calls of tools in each choice."""
+        if not body.offers_tools:
+            return None
+        if body.called_function is not None:
+            return [NamedCallReader(body.called_function) for _ in range(body.n)]
+        if body.must_call:
+            return [CallListReader() for _ in range(body.n)]
+        if self._response_template is None:
+            raise Refused(
+                400,
+                "It is not known how this model writes calls of tools: its tokenizer has no response_template, and "
+                "transformers has none for models of its type. Give the server one (--response-template), or have "
+                "the model call a tool in any case (tool_choice 'required', or the name of one).",
+                "tools",
+            )
+        before, tools = self._encoder.decode(prompt), body.template_settings["tools"]
+        parsers = (
+            self._encoder.get_response_parser(self._response_template, prefix=before, tools=tools)
+            for _ in range(body.n)
+        )
+        return [FormReader(parser, parallel=body.parallel_tool_calls is not False) for parser in parsers]
+
+    def _call(self, body: Body, prompts: list[list[int]]) -> Call:
         longest, context = max(map(len, prompts)), self.manager.longest_sequence
         limit = body.limit if body.limit is not None else max(1, context - longest)
         if longest + limit > context:
@@ -149,7 +207,15 @@ class Server:
             self._stop_strings if body.stop is None else tuple(body.stop_strings),
             body.settings(self._top_k),
             body.stream,
+            self._texts(body, prompts) if isinstance(body, Completion) and body.echo else None,
+            isinstance(body, Chat) and body.offers_tools and not body.must_call,
         )
+
+    def _texts(self, body: Completion, prompts: list[list[int]]) -> list[str]:
+        return [
+            prompt if isinstance(prompt, str) else self._encoder.decode(ids)
+            for prompt, ids in zip(body.prompts, prompts, strict=True)
+        ]
 
     async def _whole(self, request: Request, following: Following, answer: ChatAnswer | CompletionAnswer) -> Response:
         collecting = asyncio.ensure_future(self._collect(following, answer))
@@ -218,6 +284,10 @@ def create_app(server: Server) -> FastAPI:
         if name != server.name:
             raise server.unknown_model(name)
         return server.describe()
+
+    @app.get("/metrics")
+    def metrics(request: Request) -> Response:
+        return server.metrics(request.headers.get("accept", ""))
 
     @app.get("/health")
     async def health() -> JSONResponse:

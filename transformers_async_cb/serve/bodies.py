@@ -6,9 +6,12 @@ have, under the names they have there. A field that is not listed is refused, no
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from .tools import arguments_schema, calls_schema
 
 
 class _Body(BaseModel):
@@ -17,6 +20,7 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class TextPart(_Body):
@@ -24,16 +28,107 @@ class TextPart(_Body):
     text: str
 
 
+def _text(content: str | list[TextPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
 class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
+    """Of whoever asks."""
+
+    role: Literal["system", "developer", "user"]
     content: str | list[TextPart]
     name: str | None = None
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates know messages: text content, and no developers."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({} if self.name is None else {"name": self.name})
+        return {"role": role, "content": _text(self.content)} | ({} if self.name is None else {"name": self.name})
+
+
+class CalledFunction(_Body):
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_an_object(cls, arguments: str) -> str:
+        if not isinstance(json.loads(arguments or "{}"), dict):
+            raise ValueError("arguments are no JSON object")
+        return arguments
+
+
+class CalledTool(_Body):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None  # of a streamed answer that is sent back as it came
+
+    def for_template(self) -> dict[str, Any]:
+        """With arguments that a template can go through."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class AssistantMessage(_Body):
+    role: Literal["assistant"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[CalledTool] | None = None
+    reasoning_content: str | None = None  # not OpenAI's
+    # Of an answer that is sent back as it came:
+    refusal: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AssistantMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs content or tool_calls")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        optional = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+        }
+        present = {name: value for name, value in optional.items() if value is not None}
+        return {"role": self.role, "content": _text(self.content)} | present
+
+
+class ToolMessage(_Body):
+    """What a tool has answered."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart]
+    tool_call_id: str
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        message = {"role": self.role, "content": _text(self.content), "tool_call_id": self.tool_call_id}
+        return message | ({} if self.name is None else {"name": self.name})
+
+
+class Function(_Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # a call that must come follows the schema either way, any other is up to the model
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class JsonSchema(_Body):
@@ -70,6 +165,10 @@ class Body(_Body):
     # Whose request it is, which changes no token:
     user: str | None = None
     metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None  # prompts that begin alike are found by their tokens
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
     # Not OpenAI's:
     top_k: int | None = Field(None, ge=-1)  # -1 and 0 turn it off
     min_p: float | None = Field(None, ge=0, le=1)
@@ -130,7 +229,12 @@ class Body(_Body):
 class Chat(Body):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Annotated[Message | AssistantMessage | ToolMessage, Field(discriminator="role")]] = Field(
+        min_length=1
+    )
+    tools: list[Tool] | None = Field(None, min_length=1)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     response_format: PlainFormat | SchemaFormat | None = Field(None, discriminator="type")
     logprobs: bool | None = None
@@ -142,6 +246,40 @@ class Chat(Body):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
         return self
+
+    @model_validator(mode="after")
+    def _tools_that_are_there(self) -> Chat:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tools have a name twice: {', '.join(names)}")
+        if not names and (self.tool_choice is not None or self.parallel_tool_calls is not None):
+            raise ValueError("tool_choice and parallel_tool_calls need tools")
+        if self.called_function is not None and self.called_function not in names:
+            raise ValueError(f"tool_choice names {self.called_function!r}, and tools have {', '.join(names)}")
+        if self.offers_tools and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("tools and response_format exclude each other here, unless tool_choice is 'none'")
+        return self
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the model hears of the tools; those that it may not use it does not."""
+        return self.tools is not None and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is a call, whatever the model would rather say."""
+        return self.tool_choice == "required" or self.called_function is not None
+
+    @property
+    def called_function(self) -> str | None:
+        """The one that must be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def template_settings(self) -> dict[str, Any]:
+        """Keyword arguments for the chat template."""
+        tools = {"tools": [tool.model_dump(exclude_none=True) for tool in self.tools]} if self.offers_tools else {}
+        return self.chat_template_kwargs | tools
 
     @property
     def likeliest(self) -> int | None:
@@ -157,6 +295,13 @@ class Chat(Body):
             settings["json_schema"] = self.response_format.json_schema.schema_
         elif self.response_format is not None and self.response_format.type == "json_object":
             settings["json_schema"] = {"type": "object"}
+        if self.must_call:
+            functions = {tool.function.name: tool.function.parameters for tool in self.tools}
+            settings["json_schema"] = (
+                calls_schema(functions, parallel=self.parallel_tool_calls is not False)
+                if self.called_function is None
+                else arguments_schema(functions[self.called_function])
+            )
         return settings
 
 
@@ -164,7 +309,7 @@ class Completion(Body):
     """The body of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
-    echo: Literal[False] = False
+    echo: bool = False
     best_of: Literal[1] | None = None
     suffix: None = None
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -172,6 +317,12 @@ class Completion(Body):
     @property
     def likeliest(self) -> int | None:
         return self.logprobs
+
+    def settings(self, default_top_k: int | None) -> dict[str, Any]:
+        settings = super().settings(default_top_k)
+        if self.echo and self.logprobs is not None:
+            settings["prompt_logprobs"] = self.logprobs
+        return settings
 
     @property
     def limit(self) -> int:

@@ -29,13 +29,15 @@ class Call(NamedTuple):
     stop_strings: tuple[str, ...]
     settings: dict[str, Any]  # keyword arguments of `add_requests`, beside these
     stream: bool
+    echo: list[str] | None  # texts of the prompts, for answers that begin with theirs
+    special_tokens: bool  # whether the answers' text has them
 
 
 class ScoredToken(NamedTuple):
-    """A token, its log-probability, and those of the likeliest in its place."""
+    """A token, its log-probability (a prompt's first has none), and those of the likeliest in its place."""
 
     token: Spelling
-    logprob: float
+    logprob: float | None
     likeliest: list[tuple[Spelling, float]]
 
 
@@ -83,18 +85,19 @@ class Following:
         Raises:
             ValueError: the engine does not take one.
             RuntimeError: the engine takes no more requests.
+            QueueFull: too many wait already.
         """
         call = self._call
         return self._manager.add_requests(
             call.prompts, max_new_tokens=call.limit, streaming=call.stream, eos_token_id=list(call.eos_ids),
-            stop_strings=list(call.stop_strings), **call.settings,
+            stop_strings=list(call.stop_strings), wait=False, **call.settings,
         )  # fmt: skip
 
     def begin(self, request_ids: list[str]) -> None:
         """Have the results of the requests that were added come here."""
         sequence_ids = [sequence_id(name, number) for name in request_ids for number in range(self._call.n)]
         for index, request_id in enumerate(sequence_ids):
-            text = AnswerText(self._tokenizer, self._call.stop_strings)
+            text = AnswerText(self._tokenizer, self._call.stop_strings, self._call.special_tokens)
             self._choices[request_id] = _Choice(index, text)
             self._manager.register_result_handler(request_id, self._note)
 
@@ -119,7 +122,12 @@ class Following:
         scored = self._score(new, output.ranked[known:]) if "logprobs" in self._call.settings else []
         choice.tokens += new
         ended = output.is_finished()
-        text = choice.text.add(new, last=ended)
+        text = choice.text.add(self._spoken(new, ended), last=ended)
+        if self._call.echo is not None and not known and output.error is None:
+            text = self._call.echo[choice.index // self._call.n] + text
+            if "prompt_logprobs" in self._call.settings:
+                first = ScoredToken(spelling.spell(self._tokenizer, output.prompt_ids[0]), None, [])
+                scored = [first, *self._score(output.prompt_ids[1:], output.prompt_ranked), *scored]
         reason = error = None
         if ended and output.error is not None:
             error = output.error
@@ -133,6 +141,11 @@ class Following:
         if not ended and choice.finished and self._call.n == 1:
             self._manager.cancel_request(output.request_id)
         return News(choice.index, text, scored, reason, error)
+
+    def _spoken(self, tokens: list[int], ended: bool) -> list[int]:
+        """Those that are text: the EOS that ends an answer is none, even where special tokens are."""
+        ends = ended and self._call.special_tokens and tokens and tokens[-1] in self._call.eos_ids
+        return tokens[:-1] if ends else tokens
 
     def _score(self, tokens: list[int], ranked: np.ndarray) -> list[ScoredToken]:
         """Tokens with their log-probabilities, as `AsyncGenerationOutput` has them."""
