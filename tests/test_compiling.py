@@ -1,5 +1,6 @@
 """How early kernels start that Inductor makes."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,10 @@ def test_what_is_compiled_for_us_is_kept_apart_from_what_is_compiled_for_others(
     assert torch._inductor.config.post_grad_custom_post_pass is before is None
 
 
-def test_a_pass_of_the_users_is_left_alone():
+def test_a_pass_of_the_users_is_left_alone_which_is_said_once(log):
+    logging.Logger.info_once.cache_clear()
+    log.set_level("INFO", compiling.logger.name)
     with torch._inductor.config.patch(post_grad_custom_post_pass=compiling._Mark()):
-        assert not compiling._lets_the_next_start()
+        for _ in range(3):
+            assert not compiling._lets_the_next_start()
+    assert [message for message in log.messages if "start a little later" in message] == log.messages[:1]

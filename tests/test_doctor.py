@@ -118,7 +118,7 @@ class TestChoices:
         assert choices["cache"].endswith("what these requests can use")
 
     def test_are_a_line_each_in_the_log(self, log) -> None:
-        log.set_level("INFO", "transformers.transformers_async_cb.manager")
+        log.set_level("INFO", "transformers.transformers_async_cb.keeper")
         shared_model("llama").generate_batch([[1]], generation_config=greedy(2), async_batching=True)
         assert "pages: of 16 tokens (the default)" in log.messages
         assert sum("the default" in message for message in log.messages) >= 5

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import POSITIONS, VOCABULARY, engine_threads, generate_alone, greedy, new_model, reference, shared_model
+from conftest import (
+    POSITIONS,
+    VOCABULARY,
+    batching,
+    engine_threads,
+    generate_alone,
+    greedy,
+    new_model,
+    reference,
+    shared_model,
+)
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -62,6 +72,10 @@ UNSUPPORTED_BATCHING = [
     {"cpu_offload_space": -1.0}, {"cpu_offload_space_safety_threshold": 1.5},
     {"num_blocks": 0}, {"max_batch_tokens": 0},
     {"max_requests_per_batch": -1}, {"max_memory_percent": 1.5}, {"safety_margin": -0.1},
+    {"cpu_offload_space_safety_threshold": None}, {"cpu_offload_space_safety_threshold": float("nan")},
+    {"num_blocks": 2.5}, {"max_batch_tokens": "64"}, {"max_requests_per_batch": True}, {"max_memory_percent": "0.5"},
+    {"page_size": None}, {"page_size": 16.0}, {"max_queue_size": None}, {"max_queue_size": -1}, {"seed": "a"},
+    {"use_cuda_graph": "no"}, {"use_cuda_graph": (True, None)},
 ]  # fmt: skip
 
 
@@ -227,7 +241,7 @@ class TestSettingsThatAreNotSupported:
     def test_of_batching_are_refused_by_name(self, model, engines, settings: dict[str, Any]) -> None:
         name = next(iter(settings))
         with pytest.raises(ValueError, match=name):
-            batch(model, [PROMPT], greedy(3), continuous_batching_config=ContinuousBatchingConfig(**settings))
+            batch(model, [PROMPT], greedy(3), continuous_batching_config=batching(**settings))
         nothing_ran(model, engines)
 
     def test_are_refused_when_only_the_models_own_config_has_them(self, engines) -> None:

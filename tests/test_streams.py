@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -69,6 +70,46 @@ class TestABatch:
         assert output.generated_tokens == reference(shared_model("llama"), PROMPT, greedy(6))
         assert getattr(llama, CACHED)._engine is engine
         llama.destroy_cached_continuous_batching_manager()
+
+    def test_that_is_dropped_ends_no_request_but_its_own(self, llama) -> None:
+        call = {"generation_config": greedy(8), "async_batching": True, "persistent_manager": True}
+        llama.generate_batch([PROMPT], **call)
+        manager = getattr(llama, CACHED)
+        early = manager.add_request(PROMPT, request_id="early", max_new_tokens=3)
+        results = llama.generate_batch(
+            [PROMPT] * 2, stream=True, **call, request_settings=[{}, {"max_new_tokens": 400}]
+        )
+        late = manager.add_request(PROMPT, request_id="late", max_new_tokens=100)
+        own = next(results).request_id
+        results.close()
+        assert not manager.is_running()
+        assert manager.metrics().failed == 1
+        outputs = {output.request_id: output for output in manager}
+        assert set(outputs) == {early, late}
+        for name, limit in ((early, 3), (late, 100)):
+            answer = reference(shared_model("llama"), PROMPT, greedy(limit))
+            assert (outputs[name].error, outputs[name].generated_tokens) == (None, answer)
+        assert own not in outputs
+        manager.destroy()
+
+    def test_may_be_dropped_by_what_the_engine_calls(self, llama) -> None:
+        """As when Python's collector finds it, on whatever thread that runs."""
+        made, dropped = threading.Event(), threading.Event()
+
+        def drop(*_: object) -> bool:
+            assert made.wait(PATIENCE)
+            results.close()
+            dropped.set()
+            return False
+
+        results = llama.generate_batch(
+            [PROMPT], max_new_tokens=400, async_batching=True, stream=True, stopping_criteria=[drop]
+        )
+        manager = results.gi_frame.f_locals["manager"]
+        made.set()
+        assert dropped.wait(PATIENCE)
+        manager.stop()
+        assert engine_threads() == []
 
     def test_of_nothing(self, llama) -> None:
         assert list(llama.generate_batch([], async_batching=True, stream=True)) == []

@@ -76,7 +76,9 @@ def _lets_the_next_start() -> bool:
 
     theirs: Callable | None = getattr(TritonKernel, "_filter_pdl", None)
     if theirs is None or torch._inductor.config.post_grad_custom_post_pass is not None:
-        logger.info("kernels start a little later: this torch, or a pass of the user's, does not let us change that")
+        logger.info_once(
+            "kernels start a little later: this torch, or a pass of the user's, does not let us change that"
+        )
         return False
     if getattr(theirs, "ours", False):
         return True

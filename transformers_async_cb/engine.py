@@ -76,6 +76,7 @@ class Engine:
             self.copies = PageCopies(self.lanes, self.runner, self.scheduler.host)
         self._weights: tuple | None = None
         self.warm = not (settings.compiled or settings.graphs)  # or there is nothing to warm up
+        self._warm_up_tokens = (0, 0)  # when a warm-up began, and when it will be done
         self.steps = 0
         self.meter = Meter()
         self.recorder: Recorder | None = None  # set while the loop stands still, by whoever wants to know more
@@ -111,7 +112,10 @@ class Engine:
         s, new_tokens, draw = self.settings, 4, np.random.default_rng(0)
         room = min(s.max_tokens, s.pages // s.rows * s.page_size) - new_tokens
         length = max(1, min(s.token_budget // min(s.rows, MOST_FRESH), room))
-        for _ in range(2):
+        passes = 2
+        done = self.meter.tokens_out
+        self._warm_up_tokens = (done, done + passes * s.rows * new_tokens)
+        for _ in range(passes):
             mailbox = Mailbox()
             for row in range(s.rows):
                 tokens = draw.integers(self._loan.vocabulary, size=length).astype(np.int32)
@@ -119,6 +123,7 @@ class Engine:
             mailbox.ask_to_stop(hard=False)
             self.run(mailbox, deliver=lambda outputs: None)
         self.scheduler.forget()
+        self._warm_up_tokens = (0, 0)
         self.meter = Meter()
         self.scheduler.admission.looked_up = self.scheduler.admission.reused = 0
         self.warm = True
@@ -251,6 +256,13 @@ class Engine:
         if self.recorder is not None:
             self.recorder.set_clock(*self.lanes.now())
 
+    # For any thread:
+
     def metrics(self) -> Metrics:
-        """What the engine does, for any thread."""
+        """What the engine does."""
         return self.meter.metrics(self.scheduler, self.runner.graphs.count, self.runner.warming_up)
+
+    def warm_up_progress(self) -> tuple[int, int]:
+        """Tokens of a warm-up that have come, and how many there will be; zeros while there is none."""
+        begin, end = self._warm_up_tokens
+        return min(self.meter.tokens_out, end) - begin, end - begin

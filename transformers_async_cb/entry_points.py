@@ -225,7 +225,8 @@ def run_batch(
 
     Returns:
         The ids of all results in the order of the prompts, and the results as they finish. The manager is stopped at
-        the end of those, or when their generator is closed.
+        the end of those, or when their generator is closed, which cancels the requests of this call; others that it
+        has are finished.
     """
     if len(prompts) == 0:
         return [], (output for output in ())
@@ -285,7 +286,12 @@ def _results(
                 progress.update()
                 yield output
         except GeneratorExit:
-            manager.stop(hard_stop=True, keep_for_next_session=keep)
+            manager.cancel_sequences(left)
+            manager.stop(keep_for_next_session=keep)
+            while (output := manager.get_result(timeout=0)) is not None:
+                if output.request_id not in left:
+                    others.append(output)
+            manager.hand_back(others)
             raise
         except BaseException:
             manager.stop(hard_stop=True)

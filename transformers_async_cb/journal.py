@@ -25,7 +25,7 @@ from .stop_strings import StopStrings
 # What a request's result does not depend on, or what becomes of it: all other fields of `Request` make the run.
 _NOT_THE_RUN = {
     "prompt_length", "arrival", "priority", "deadline", "page_keys", "created_time", "status", "error", "started_time",
-    "finished_time", "logprobs", "timestamps", "streaming", "family",
+    "finished_time", "logprobs", "timestamps", "streaming", "streamed", "family",
 }  # fmt: skip
 
 

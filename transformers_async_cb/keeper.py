@@ -15,6 +15,7 @@ from .config import AsyncBatchingConfig
 from .engine import Engine
 from .metrics import Metrics
 from .model import ModelLoan, NotPaged
+from .progress import show_warm_up
 from .request import Sampling
 from .sequential import Opening, resolve_sequential
 from .settings import Workload, resolve_engine
@@ -66,7 +67,10 @@ class EngineKeeper:
         try:  # on a thread like the loop's, to which what is compiled is bound
             with ThreadPoolExecutor(1, thread_name_prefix="async-batching-warmup") as executor:
                 self.engine.lanes.enter()
-                executor.submit(self.engine.warm_up, sampling).result()
+                warm_up = executor.submit(self.engine.warm_up, sampling)
+                if not self.engine.warm:
+                    show_warm_up(self.engine, warm_up)
+                warm_up.result()
         except BaseException:
             self.drop()
             self.loan.give_back()

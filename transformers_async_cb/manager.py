@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -478,6 +478,10 @@ class AsyncBatchingManager:
         """End a request: its result has the tokens so far and an error that says so. The id of a request with several
         sequences ends all of them that go on, a child's that one alone. Unknown ids are ignored."""
         self._submission.cancel(request_id)
+
+    def cancel_sequences(self, sequence_ids: Iterable[str]) -> None:
+        """As `cancel_request`, but a sequence that is the first of several ends alone too."""
+        self._submission.cancel_sequences(sequence_ids)
 
     def get_result(self, request_id: str | None = None, timeout: float | None = None) -> GenerationOutput | None:
         """The next result, of one request or of any; `None` after `timeout` seconds, or when no more will come."""

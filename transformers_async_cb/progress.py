@@ -1,14 +1,23 @@
-"""A bar that says how far a batch is, how fast it goes and how full the cache is."""
+"""Bars: how far a batch is, how fast it goes and how full the cache is; how far a warm-up is, and what it does."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, wait
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.utils import logging
 
-from .manager import AsyncBatchingManager
+from .engine import Engine
 
+
+if TYPE_CHECKING:
+    from .manager import AsyncBatchingManager
+
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Seconds from one look at the engine to the next.
 _REFRESH = 0.25
@@ -41,3 +50,22 @@ class BatchProgress(tqdm):
             if not manager.is_running():  # whatever there is, is out by now
                 break
         return manager.get_result()
+
+
+def show_warm_up(engine: Engine, warm_up: Future) -> None:
+    """Say how far a warm-up is, until it is done: in the log, and in a bar where stderr is a terminal and transformers
+    may show any."""
+    said, shown = None, 0
+    with logging.tqdm(disable=None, desc="Warming up", unit=" tokens", leave=False) as bar:
+        while not wait([warm_up], _REFRESH).done:
+            (done, total), what = engine.warm_up_progress(), engine.metrics().warming_up
+            if not total:  # it has yet to begin, or has just ended
+                continue
+            bar.total = total
+            bar.set_postfix_str(what or "", refresh=False)
+            bar.update(done - shown)
+            bar.refresh()
+            shown = done
+            if what not in (None, said):
+                logger.info(f"warming up, {done:,} of {total:,} tokens: {what}")
+                said = what

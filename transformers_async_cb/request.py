@@ -14,8 +14,8 @@ from transformers.generation.continuous_batching import RequestStatus
 
 from .grammars import Constraint
 from .logits import Processors
-from .logprobs import PromptScores, Records
-from .output import AsyncGenerationOutput, own_logprobs
+from .logprobs import PromptScores, Records, Words
+from .output import AsyncGenerationOutput, Streamed, StreamedOutput, own_logprobs
 from .sampling import TRUNCATED_WORDS
 from .stop_strings import StopStrings, TokenTexts
 
@@ -111,6 +111,7 @@ class Request:
     timestamps: np.ndarray = field(default_factory=lambda: np.empty(0, np.float64))  # [generated so far], seconds
     ranked: np.ndarray | None = None  # int32 [generated so far, 1 + 2 * n] as `rank` returns them, if asked for
     prompt_scores: PromptScores | None = None  # if asked for
+    streamed: Streamed | None = None  # once there is any
 
     @property
     def total_limit(self) -> int:
@@ -148,6 +149,21 @@ class Request:
             ranked=self.ranked,
             prompt_ranked=None if scores is None else scores.words[: scores.known],
         )
+
+    def stream(self, token: int, logprob: float | None, now: float, words: Words | None) -> StreamedOutput:
+        """What the user gets with a token after which the request goes on."""
+        if self.streamed is None:
+            self.streamed = Streamed(self.tokens[: self.prompt_length])
+        self.streamed.tokens.append(token)
+        if logprob is not None:
+            self.streamed.logprobs.append(logprob)
+        if self.record_timestamps:
+            self.streamed.timestamps.append(now)
+        scores = self.prompt_scores
+        return StreamedOutput(
+            self.id, self.created_time, (self.started_time, self.finished_time), self.streamed, words,
+            self.record_timestamps, None if scores is None else scores.words[: scores.known],
+        )  # fmt: skip
 
 
 class Phase(IntEnum):
@@ -277,6 +293,19 @@ class Rows:
             self.timestamps[rows, at] = now
         self.known[rows] = at + 1
 
+    def stream(
+        self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray | None, now: float
+    ) -> list[StreamedOutput]:
+        """What the users of `rows` get, which go on after the tokens that were appended last."""
+        outputs = []
+        its_logprobs = [None] * len(rows) if logprobs is None else logprobs.tolist()
+        for row, token, logprob in zip(rows.tolist(), tokens.tolist(), its_logprobs, strict=True):
+            request, words = self.request[row], None
+            if request.ranked is not None:
+                words = self.records.read(row, int(self.known[row]) - request.prompt_length)
+            outputs.append(request.stream(token, logprob, now, words))
+        return outputs
+
     def save(self, row: int) -> Request:
         """Copy a row's values so far into its request."""
         request, known = self.request[row], int(self.known[row])
@@ -284,7 +313,7 @@ class Rows:
         if self.logprobs is not None:
             request.logprobs = self.logprobs[row, request.prompt_length : known].copy()
         if request.ranked is not None:
-            request.ranked = self.records.read(row, known - request.prompt_length, request.ranked.shape[1])
+            request.ranked = self.records.read(row, known - request.prompt_length).since(0)
         if request.record_timestamps:
             request.timestamps = self.timestamps[row, request.prompt_length : known].copy()
         return request

@@ -6,7 +6,6 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from .admission import Admission
@@ -307,10 +306,10 @@ class Scheduler:
             self._scoring.note(plan, live, ranked)
         r.append(rows, tokens, None if logprobs is None else logprobs[live], now)
         ended, errors = self._endings.find(rows, tokens, now, plan.masked)
-        for row in rows[r.streaming[rows] & ~ended]:
-            request = r.save(row)
-            request.status = RequestStatus.DECODING
-            self._outputs.append(request.output())
+        streams = r.streaming[rows] & ~ended
+        if streams.any():
+            its_logprobs = None if logprobs is None else logprobs[live][streams]
+            self._outputs += r.stream(rows[streams], tokens[streams], its_logprobs, now)
         for row in rows[ended].tolist():
             self._end(row, errors.get(row))
         for row, error in refused.items():

@@ -318,24 +318,35 @@ def check_batching(config: ContinuousBatchingConfig) -> None:
             raise ValueError(
                 f"ContinuousBatchingConfig({name}={value!r}) is not supported with async_batching: {reason}"
             )
+
+    def check(name: str, value: Any, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be {allowed}")
+
     for name in ("num_blocks", "max_batch_tokens", "max_requests_per_batch"):
         value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be 1 or more")
-    if stated_page_size(config) < 1:
-        raise ValueError(f"ContinuousBatchingConfig(page_size={stated_page_size(config)}) must be 1 or more")
-    if config.max_queue_size < 0:
-        raise ValueError(f"ContinuousBatchingConfig(max_queue_size={config.max_queue_size!r}) must be 0 (any) or more")
-    space = config.cpu_offload_space
-    if space is not None and (isinstance(space, bool) or not isinstance(space, Real) or not 0 <= space < math.inf):
-        raise ValueError(
-            f"ContinuousBatchingConfig(cpu_offload_space={space!r}) must be a number of GiB, 0 or more, or None for "
-            "what there is"
-        )
-    for name in ("max_memory_percent", "safety_margin", "cpu_offload_space_safety_threshold"):
+        check(name, value, value is None or _is(Integral, value, 1), "an integer of 1 or more, or None")
+    size = stated_page_size(config)
+    check("page_size", size, _is(Integral, size, 1), "an integer of 1 or more")
+    bound = config.max_queue_size
+    check("max_queue_size", bound, _is(Integral, bound, 0), "an integer of 0 (any) or more")
+    seed = config.seed
+    check("seed", seed, seed is None or _is(Integral, seed, -math.inf), "an integer, or None")
+    space, share = config.cpu_offload_space, config.cpu_offload_space_safety_threshold
+    of_space = "a number of GiB, 0 or more, or None for what there is"
+    check("cpu_offload_space", space, space is None or (_is(Real, space, 0) and space < math.inf), of_space)
+    check("cpu_offload_space_safety_threshold", share, _is(Real, share, 0) and share <= 1, "a number from 0 to 1")
+    for name in ("max_memory_percent", "safety_margin"):
         value = getattr(config, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"ContinuousBatchingConfig({name}={value!r}) must be between 0 and 1")
+        check(name, value, value is None or (_is(Real, value, 0) and value <= 1), "a number from 0 to 1, or None")
+    graphs = config.use_cuda_graph
+    both = graphs if isinstance(graphs, (tuple, list)) else (graphs, graphs)
+    valid = graphs is None or (len(both) == 2 and all(isinstance(each, bool) for each in both))
+    check("use_cuda_graph", graphs, valid, "True, False, None or a pair of these two")
+
+
+def _is(kind: type, value: Any, least: float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value >= least
 
 
 def stated_page_size(config: ContinuousBatchingConfig) -> int:
@@ -395,7 +406,7 @@ def resolve_engine(
         backend=(backend := choose_backend(own.attention_backend, device)),
         fused=cuda if own.fuse_projections is None else own.fuse_projections,
         compiled=cuda if own.compile_layers is None else own.compile_layers,
-        graphs=cuda and backend != "reference" and graphs not in (False, (False, False)),
+        graphs=cuda and backend != "reference" and graphs not in (False, (False, False), [False, False]),
         logprobs=batching.return_logprobs,
         reuse=batching.allow_block_sharing,
         overlap=own.overlap and batching.use_async_batching is not False,

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from .output import AsyncGenerationOutput
 from .text import AnswerText
 
 
@@ -36,9 +36,10 @@ class TokenStream:
         self._ended = False
         self._error: str | None = None
 
-    def take(self, output: GenerationOutput) -> None:
+    def take(self, output: AsyncGenerationOutput) -> None:
         """Take a result of the request, on the loop. Each has all tokens so far."""
-        tokens, self._count = output.generated_tokens[self._count :], len(output.generated_tokens)
+        tokens = output.generated_since(self._count)
+        self._count += len(tokens)
         if self._text is None:
             self._ready.extend(tokens)
         elif increment := self._text.add(tokens, last=output.is_finished()):
@@ -47,11 +48,11 @@ class TokenStream:
             self._ended, self._error = True, output.error
         self._arrived.set()
 
-    def taker(self) -> Callable[[GenerationOutput], None]:
+    def taker(self) -> Callable[[AsyncGenerationOutput], None]:
         """`take`, for a handler that does not keep the stream alive: one that is dropped cancels its request."""
         stream = weakref.ref(self)
 
-        def take(output: GenerationOutput) -> None:
+        def take(output: AsyncGenerationOutput) -> None:
             if (alive := stream()) is not None:
                 alive.take(output)
 

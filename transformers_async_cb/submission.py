@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .door import Door
@@ -88,6 +88,13 @@ class Submission:
         with self._lock:
             for request in self._door.sequences(request_id):
                 self._mailbox.cancel(request)
+
+    def cancel_sequences(self, sequence_ids: Iterable[str]) -> None:
+        """Have the sequences of those ids ended, each alone."""
+        with self._lock:
+            for request in map(self._door.live.get, sequence_ids):
+                if request is not None:
+                    self._mailbox.cancel(request)
 
     def close(self, reason: str) -> list[Request]:
         """Take no more requests; returns those that are left, which nobody will end any more."""

@@ -7,11 +7,12 @@ import torch
 from ..gpu import runs_triton
 from . import reference
 from .entries import ENTRY_WORDS, MOST_LIKELIEST, MOST_SCORED, RANKED_WORDS
-from .records import PromptScores, Records, no_words
+from .records import PromptScores, Records, Words, no_words
 
 
 __all__ = [
-    "ENTRY_WORDS", "MOST_LIKELIEST", "MOST_SCORED", "RANKED_WORDS", "PromptScores", "Records", "no_words", "rank",
+    "ENTRY_WORDS", "MOST_LIKELIEST", "MOST_SCORED", "RANKED_WORDS", "PromptScores", "Records", "Words", "no_words",
+    "rank",
 ]  # fmt: skip
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+# Tokens that are written side by side before they get memory of their own.
+CHUNK = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -24,52 +29,54 @@ def no_words(tokens: int, likeliest: int) -> np.ndarray:
     return np.empty((tokens, 1 + 2 * likeliest), np.int32)
 
 
+class Words(NamedTuple):
+    """Words of the tokens that a request has generated so far."""
+
+    chunks: list[np.ndarray]  # int32 [CHUNK, 1 + 2 * n]; more may come
+    full: int  # the first so many chunks belong here
+    last: np.ndarray  # int32 [tokens behind those, 1 + 2 * n]
+
+    def since(self, first: int) -> np.ndarray:
+        """Those of the tokens from the `first` on: int32 `[tokens, 1 + 2 * n]`."""
+        begin = min(first // CHUNK, self.full)
+        return np.concatenate([*self.chunks[begin : self.full], self.last])[first - begin * CHUNK :]
+
+
 class Records:
-    """Words of each token that running requests generated, int32 `[1 + 2 * n]` as `rank` returns them; a slot for each
-    row that asks.
+    """Words of each token that running requests generated, int32 `[1 + 2 * n]` as `rank` returns them. Memory is taken
+    as tokens come, for as many words as the row asked for.
 
     Args:
         count (`int`): rows there are.
     """
 
     def __init__(self, count: int) -> None:
-        self._slot_of = np.full(count, -1, np.int64)
-        self._empty()
-
-    def _empty(self) -> None:
-        self._words = np.zeros((0, 64, 1), np.int32)  # [slots, tokens, words]
-        self._free: list[int] = []
+        self._chunks: list[list[np.ndarray]] = [[] for _ in range(count)]  # full ones of each row, [CHUNK, words]
+        self._last = np.zeros((count, CHUNK, 0), np.int32)  # [rows, tokens, words] behind those
+        self._words = np.zeros(count, np.int64)
 
     def take(self, row: int, so_far: np.ndarray) -> None:
-        """Give a row a slot that begins with what is known: int32 `[tokens, 1 + 2 * n]`."""
-        slots = self._words.shape[0]
-        if not self._free:
-            self._free = list(range(max(8, 2 * slots) - 1, slots - 1, -1))
-            slots += len(self._free)
+        """Begin a row with what is known: int32 `[tokens, 1 + 2 * n]`."""
         tokens, words = so_far.shape
-        self._widen(slots, tokens, words)
-        self._slot_of[row] = slot = self._free.pop()
-        self._words[slot, :tokens, :words] = so_far
+        if words > self._last.shape[2]:
+            self._last = np.pad(self._last, ((0, 0), (0, 0), (0, words - self._last.shape[2])))
+        full = tokens - tokens % CHUNK
+        self._words[row] = words
+        self._chunks[row] = [so_far[first : first + CHUNK] for first in range(0, full, CHUNK)]
+        self._last[row, : tokens - full, :words] = so_far[full:]
 
     def write(self, rows: np.ndarray, at: np.ndarray, words: np.ndarray) -> None:
-        """Write the words of the `at`-th token of each of `rows`: no more than any row asked for."""
-        if len(rows):
-            self._widen(0, int(at.max()) + 1, 0)
-            self._words[self._slot_of[rows], at] = words[:, : self._words.shape[2]]
+        """Write the words of the `at`-th token of each of `rows`, the next of each: at least as many as it asked
+        for."""
+        within = at % CHUNK
+        self._last[rows, within] = words[:, : self._last.shape[2]]
+        for row in rows[within == CHUNK - 1].tolist():
+            self._chunks[row].append(self._last[row, :, : self._words[row]].copy())
 
-    def read(self, row: int, tokens: int, words: int) -> np.ndarray:
-        return self._words[self._slot_of[row], :tokens, :words].copy()
+    def read(self, row: int, tokens: int) -> Words:
+        """What is known of a row's `tokens`, which stays as it is."""
+        full = tokens // CHUNK
+        return Words(self._chunks[row], full, self._last[row, : tokens % CHUNK, : self._words[row]].copy())
 
     def give_back(self, row: int) -> None:
-        if self._slot_of[row] >= 0:
-            self._free.append(int(self._slot_of[row]))
-            self._slot_of[row] = -1
-            if len(self._free) == len(self._words):
-                self._empty()  # a long answer with many words a token leaves no memory behind
-
-    def _widen(self, slots: int, tokens: int, words: int) -> None:
-        have = self._words.shape
-        tokens = max(tokens, 2 * have[1]) if tokens > have[1] else tokens
-        extra = [(0, max(0, want - has)) for want, has in zip((slots, tokens, words), have, strict=True)]
-        if any(more for _, more in extra):
-            self._words = np.pad(self._words, extra)
+        self._chunks[row] = []

@@ -118,8 +118,8 @@ class Following:
 
     def _gain(self, choice: _Choice, output: AsyncGenerationOutput) -> News:
         known = len(choice.tokens)
-        new = output.generated_tokens[known:]
-        scored = self._score(new, output.ranked[known:]) if "logprobs" in self._call.settings else []
+        new = output.generated_since(known)
+        scored = self._score(new, output.ranked_since(known)) if "logprobs" in self._call.settings else []
         choice.tokens += new
         ended = output.is_finished()
         text = choice.text.add(self._spoken(new, ended), last=ended)
