@@ -72,7 +72,8 @@ def ranked_words(arrival: int, position: int, words: int) -> range:
 
 
 class Device:
-    """What a device would make of the plans, in the order they are launched: a page table, and who wrote where."""
+    """What a device would make of the plans, in the order they are launched: a page table, who wrote where, and what
+    went into the state of each row, where rows have states."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
@@ -82,6 +83,7 @@ class Device:
         self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
         self.page_size = pages.page_size
         self.on_host: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.states: dict[int, tuple[int, ...]] = {}
 
     def move(self, move: Move) -> None:
         """Copy pages to the host or back, with the row's line of the page table."""
@@ -101,11 +103,15 @@ class Device:
         table = self.table.reshape(-1, self.columns)
         for source, copied, row, page in plan.forks.tolist():
             table[row] = table[source]
+            self.states[row] = self.states.get(source)
             for offset in range(self.page_size) if page else ():
                 self.cache[page, offset] = self.cache.get((copied, offset))
         self.table[plan.cells] = plan.pages
         arrivals = self.scheduler.rows.arrival[plan.rows].tolist()
         sequences = list(zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), arrivals, strict=True))
+        for row, start, count, arrival in sequences if self.scheduler.admission.states else ():
+            assert not start or self.states[row] == beginning(arrival, start - 1), "it goes on from another state"
+            self.states[row] = beginning(arrival, start + count - 1)
         for row, start, count, arrival in sequences:
             for position in range(start, start + count):
                 page, _ = where = self.where(row, position)
@@ -145,11 +151,14 @@ class Simulation:
         reserve: float = 0.0,
         host_pages: int = 0,
         rng: random.Random | None = None,
+        **kinds: bool | int,
     ) -> None:
         columns = min(pages, -(-longest // page_size))
         self.depth = depth
         self.rows, self.pages = Rows(rows, columns, with_logprobs=False), Pages(pages, page_size)
-        self.scheduler = Scheduler(self.rows, self.pages, budget, columns * page_size, reserve, host_pages=host_pages)
+        self.scheduler = Scheduler(
+            self.rows, self.pages, budget, columns * page_size, reserve, host_pages=host_pages, **kinds
+        )
         self.scheduler.host.note_copied(1, 0.0)
         self.scheduler.host.pages_a_move = 2
         self.rng = rng or random.Random(0)
@@ -245,6 +254,8 @@ class Simulation:
         assert (ends <= r.prefill[prompts]).all()
         assert ((ends == r.prefill[prompts]) == plan.samples[plan.decodes :]).all()
         full = plan.tokens == self.scheduler.token_budget or plan.scores == prefill.MOST_SCORED
+        if self.scheduler.admission.states:  # where others of its family begin as copies
+            full |= any(r.request[row].family is not None for row in prompts)
         assert full or (ends == r.prefill[prompts]).all(), "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
         assert not r.moving[rows].any() and not r.moving[plan.forks[:, 0]].any(), "pages are not there yet"
@@ -765,12 +776,29 @@ class TestFamilies:
         simulation.run()
         assert [output.error is None for output in simulation.results.values()] == [False, False, False, True]
 
-    def test_end_every_request_whatever_is_preempted_or_cancelled(self, rng: random.Random, depth: int) -> None:
+    @pytest.mark.parametrize("page_size, prompt, tokens", [(4, 21, 21 + 4), (1, 9, 9 + 4), (32, 2, 2 + 4), (8, 1, 5)])
+    def test_begin_as_copies_of_a_state_before_the_last_token(
+        self, depth: int, page_size: int, prompt: int, tokens: int
+    ) -> None:
+        simulation = Simulation(depth, 200, page_size, 8, 64, 40, reuse=False, states=True)
+        self.run(simulation, *new_family(0, prompt, 6, 5))
+        assert sum(plan.tokens for plan in simulation.plans) == tokens + 5 * 5
+        assert len(np.concatenate([plan.forks for plan in simulation.plans])) == (4 if prompt > 1 else 0)
+
+    @pytest.mark.parametrize("kind", ["pages", "states", "states, whole prompts"])
+    def test_end_every_request_whatever_is_preempted_or_cancelled(
+        self, rng: random.Random, depth: int, kind: str
+    ) -> None:
         page_size, reuse = rng.choice((1, 2, 3, 4, 8)), rng.random() < 0.5
         pages = -(-39 // page_size) + rng.randint(0, 15)
         rows = rng.randint(1, min(10, pages))
         budget, host_pages = max(rows, rng.randint(1, 30)), rng.choice((0, 5, 1000))
-        simulation = Simulation(depth, pages, page_size, rows, budget, 40, host_pages=host_pages, rng=rng)
+        kinds = {"host_pages": host_pages}
+        if kind != "pages":
+            kinds, reuse = {"states": True}, False
+        if kind == "states, whole prompts":
+            kinds["whole_prompts"], budget = budget, 40 + rows
+        simulation = Simulation(depth, pages, page_size, rows, budget, 40, rng=rng, **kinds)
         simulation.scheduler.admission.reuse = reuse
         coming, cancelled = deque(), set()
         for arrival in range(14):
@@ -795,6 +823,13 @@ class TestFamilies:
                 answer if output.error is None else answer[: len(output.generated_tokens)]
             )
             assert output.error is None or request_id in cancelled
+
+
+def test_whole_prompts_share_a_step_up_to_some_tokens() -> None:
+    simulation = Simulation(1, 200, 1, 8, 60, 50, reuse=False, whole_prompts=20)
+    simulation.add(*(new_request(arrival, prompt, 1) for arrival, prompt in enumerate((8, 12, 1, 45, 3))))
+    simulation.run()
+    assert [plan.counts.tolist() for plan in simulation.plans] == [[8, 12], [1], [45], [3]]
 
 
 class TestTime:

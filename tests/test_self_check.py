@@ -26,8 +26,8 @@ def nothing_passed(monkeypatch, tmp_path) -> None:
 @pytest.fixture
 def trials(monkeypatch) -> list[int]:
     """Grows by one with each trial."""
-    made, on_pages = [], self_check._on_pages
-    monkeypatch.setattr(self_check, "_on_pages", lambda *args: made.append(1) or on_pages(*args))
+    made, on_pages = [], self_check._in_steps
+    monkeypatch.setattr(self_check, "_in_steps", lambda *args: made.append(1) or on_pages(*args))
     return made
 
 

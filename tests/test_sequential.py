@@ -14,8 +14,8 @@ from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.matrix.small import small_model
 
 
-# State spaces; a hybrid of them and attention; positions counted by the model; attention that is not replaceable.
-FAMILIES = ("mamba", "jamba", "bloom", "gpt_neo")
+# Positions counted by the model; attention that is not replaceable; a recurrence that decodes one sequence alone.
+FAMILIES = ("bloom", "gpt_neo", "rwkv")
 PROMPTS = random_prompts(9, shortest=1, longest=40, seed=1)
 
 

@@ -10,7 +10,7 @@ from .line import Line
 from .logprobs import MOST_SCORED
 from .offload import HostPages
 from .pages import Pages, extend_keys
-from .request import MOST_MASKED_PROMPTS, Family, Phase, Request, Rows
+from .request import MOST_MASKED_PROMPTS, Phase, Request, Rows
 
 
 # Pages that a request waits for, if another is computing them: fewer it computes itself.
@@ -31,7 +31,8 @@ class Admission:
         max_tokens (`int`): positions one request may use.
         reserve (`int`): pages that are left free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
-        whole_prompts (`bool`): whether prompts are computed in one piece, those of one request's sequences too.
+        whole_prompts (`bool`): whether prompts are computed in one piece.
+        states (`bool`): whether rows have states beside their pages, which can be copied only as they are.
         refuse (`Callable`): ends a request that can never be let in.
     """
 
@@ -46,6 +47,7 @@ class Admission:
         reserve: int,
         reuse: bool,
         whole_prompts: bool,
+        states: bool,
         refuse: Callable[[Request, str], None],
     ) -> None:
         self.line = line
@@ -57,6 +59,7 @@ class Admission:
         self.reserve = reserve
         self.reuse = reuse
         self.whole_prompts = whole_prompts
+        self.states = states
         self.looked_up = 0  # tokens of requests when they were let in
         self.reused = 0  # of those, tokens whose keys and values were there
         self._refuse = refuse
@@ -101,7 +104,7 @@ class Admission:
                     return None
             elif request.family is not None and not len(kept):
                 source = self._source(request)
-                if source is None and self._is_computing(request.family):
+                if source is None and self._is_computing(request):
                     self.line.hold_first_back()
                     continue
             if source is None and request.unscored and not scores:
@@ -195,15 +198,27 @@ class Admission:
             return None
         return found
 
-    def _source(self, request: Request) -> int | None:
-        """A row whose pages have the prompt of a request, if there is one."""
-        r = self.rows
-        rows = (row for row in request.family.rows if row not in self._fresh and not r.moving[row])
-        return next((row for row in rows if r.computed[row] >= request.prompt_length), None)
+    def fork_point(self, request: Request) -> int:
+        """Tokens that must have been computed before others of a request's family can begin as its copies. A state is
+        copied before the prompt's last token, whose logits all of them want; pages at any time after."""
+        return request.prompt_length - 1 if self.states else request.prompt_length
 
-    def _is_computing(self, family: Family) -> bool:
-        """Whether a prompt is being computed that no row's pages have yet."""
-        return any(self.rows.phase[row] == Phase.RUNNING for row in family.rows)
+    def _source(self, request: Request) -> int | None:
+        """A row that has the prompt of a request, if there is one that can be copied."""
+        r, needed = self.rows, self.fork_point(request)
+        for row in request.family.rows:
+            there = 0 < r.computed[row] == needed if self.states else r.computed[row] >= needed
+            if there and row not in self._fresh and not r.moving[row]:
+                return row
+        return None
+
+    def _is_computing(self, request: Request) -> bool:
+        """Whether the prompt is being computed by another that can be copied then."""
+        r, needed = self.rows, self.fork_point(request)
+        return any(
+            r.phase[row] == Phase.RUNNING and (not self.states or r.computed[row] < needed)
+            for row in request.family.rows
+        )
 
     def _fork(self, source: int, row: int) -> None:
         """Let a row that holds the full pages of the source's prompt begin behind the prompt's last token but one."""

@@ -13,6 +13,7 @@ from .gpu import triton_error
 from .model import ModelLoan
 from .runner import row_buckets, token_buckets
 from .settings import THEIR_PAGE_SIZE, EngineSettings, Workload, stated_page_size
+from .states import Kept
 
 
 class Choice(NamedTuple):
@@ -73,11 +74,42 @@ def explain_sequential(
 ) -> list[Choice]:
     """The same for an engine that runs one sequence at a time; `why` is what a model on pages would lack."""
     return [
-        Choice("sequences", "one at a time, each with a cache of its own", why),
+        Choice("sequences", settings.mode.value, why),
         Choice("cache", f"{settings.pages * settings.page_size:,} tokens", "num_blocks, or what there is memory for"),
         _requests(settings, batching, workload),
         Choice("overlap", _on(settings.overlap), _why_overlap(settings, own)),
     ]
+
+
+def explain_states(
+    settings: EngineSettings,
+    kept: Kept,
+    why: str,
+    batching: ContinuousBatchingConfig,
+    own: AsyncBatchingConfig,
+    workload: Workload,
+) -> list[Choice]:
+    """The same for an engine that keeps a state for each row."""
+    cuda = kept.device.type == "cuda"
+    choices = [
+        Choice("sequences", settings.mode.value, why),
+        Choice(
+            "states", f"{kept.bytes / 2**20:.2f} MiB a row, {settings.rows * kept.bytes / 2**30:.2f} GiB",
+            "as many as there are rows",
+        ),
+        _requests(settings, batching, workload),
+        Choice(
+            "prompts", "in one piece" if settings.whole_prompts else f"up to {settings.token_budget:,} tokens a step",
+            "the model begins a prompt, but goes on with one token at a time" if settings.whole_prompts
+            else "the model goes on from a state with any number of tokens",
+        ),
+        Choice("overlap", _on(settings.overlap), _why_overlap(settings, own)),
+    ]  # fmt: skip
+    if kept.shapes:
+        choices[1:1] = [
+            _cache(settings, kept.shapes.values(), batching, workload, cuda), _attention(settings, own, cuda)
+        ]  # fmt: skip
+    return choices
 
 
 def _cache(

@@ -36,10 +36,10 @@ class AsyncBatchingConfig:
             https://ui.perfetto.dev opens (`.json`), or a picture (`.png`, `.svg`, `.pdf`; needs matplotlib). Of a long
             run, the last 16,384 steps. `manager.trace(file)` does the same for a part of a run.
         sequential_fallback (`bool`, *optional*, defaults to `True`):
-            Run a model that cannot be run on pages one sequence at a time, as `generate` does: slow, and said in the
-            log. `False` refuses such a model.
+            Run a model whose sequences cannot be batched one at a time, as `generate` does: slow, and said in the log.
+            `False` refuses such a model.
         self_check (`bool`, *optional*, defaults to `True`):
-            Before a model first runs on pages, compare the logits of a few tokens with those that `generate` gets. A
+            Before a model first runs batched, compare the logits of a few tokens with those that `generate` gets. A
             model that has passed is remembered by its class, config and versions, in a file in Hugging Face's cache
             directory if the check took long.
         debug (`bool`, *optional*, defaults to `False`):

@@ -24,10 +24,16 @@ from .request import MOST_FRESH, Request, Rows, Sampling
 from .runner import Runner
 from .scheduler import Plan, Scheduler
 from .sequential import Opening, SequentialRunner
-from .settings import EngineSettings, Workload
+from .settings import EngineSettings, Mode, Workload
+from .states import Kept, StateRunner
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+
+RUNNERS = {
+    Mode.PAGES: Runner, Mode.HYBRID: StateRunner, Mode.STATES: StateRunner, Mode.SEQUENCES: SequentialRunner,
+}  # fmt: skip
 
 
 class Flight(NamedTuple):
@@ -54,11 +60,12 @@ class Engine:
 
     Args:
         loan (`ModelLoan`): the model, borrowed.
-        found (`dict` or `Opening`): what `loan.probe()` found, or how sequences begin if they run one at a time.
+        found (`dict`, `Kept` or `Opening`): what `loan.probe()` found, what the model keeps if it keeps states, or how
+            sequences begin if they run one at a time.
         settings (`EngineSettings`): every size.
     """
 
-    def __init__(self, loan: ModelLoan, found: dict | Opening, settings: EngineSettings) -> None:
+    def __init__(self, loan: ModelLoan, found: dict | Kept | Opening, settings: EngineSettings) -> None:
         self.settings = settings
         self._form = loan.form()
         self._loan = loan
@@ -67,9 +74,9 @@ class Engine:
         pages = Pages(settings.pages, settings.page_size)
         self.scheduler = Scheduler(
             rows, pages, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse,
-            settings.host_pages, whole_prompts=settings.sequential,
+            settings.host_pages, settings.whole_prompts, states=settings.mode in (Mode.HYBRID, Mode.STATES),
         )  # fmt: skip
-        self.runner = (SequentialRunner if settings.sequential else Runner)(loan, found, rows, settings)
+        self.runner = RUNNERS[settings.mode](loan, found, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self.copies: PageCopies | None = None
         if settings.host_pages:
@@ -111,7 +118,7 @@ class Engine:
             return
         s, new_tokens, draw = self.settings, 4, np.random.default_rng(0)
         room = min(s.max_tokens, s.pages // s.rows * s.page_size) - new_tokens
-        length = max(1, min(s.token_budget // min(s.rows, MOST_FRESH), room))
+        length = max(1, min((s.whole_prompts or s.token_budget) // min(s.rows, MOST_FRESH), room))
         passes = 2
         done = self.meter.tokens_out
         self._warm_up_tokens = (done, done + passes * s.rows * new_tokens)

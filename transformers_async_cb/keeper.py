@@ -10,7 +10,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import self_check
-from .choices import Choice, explain, explain_sequential
+from .choices import Choice, explain, explain_sequential, explain_states
 from .config import AsyncBatchingConfig
 from .engine import Engine
 from .metrics import Metrics
@@ -18,7 +18,8 @@ from .model import ModelLoan, NotPaged
 from .progress import show_warm_up
 from .request import Sampling
 from .sequential import Opening, resolve_sequential
-from .settings import Workload, resolve_engine
+from .settings import Mode, Workload, resolve_engine
+from .states import Kept, resolve_states
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -41,7 +42,8 @@ class EngineKeeper:
         self.choices: list[Choice] = []  # of the engine that was built last
         self.lock = threading.RLock()
         self._batching = batching
-        self._why_sequential = ""
+        self.mode = Mode.PAGES  # the best that was not found impossible
+        self._why_not_paged = ""
         self._last_metrics = Metrics()  # of the engine before
 
     def prepare(self, workload: Workload) -> None:
@@ -52,14 +54,22 @@ class EngineKeeper:
         """
         if self.loan.out:
             return
-        try:
-            self._build(workload)
-        except NotPaged as reason:
-            if not self.own.sequential_fallback:
-                raise
-            logger.warning(f"one sequence at a time, each with a cache of its own, which is slow: {reason}")
-            self.loan.paged, self._why_sequential = False, str(reason)
-            self._build(workload)
+        while True:
+            try:
+                self._build(workload)
+                return
+            except NotPaged as reason:
+                self._why_not_paged = self._why_not_paged or str(reason)
+                self._fall_back(reason)
+
+    def _fall_back(self, reason: NotPaged) -> None:
+        """Have the next engine run the model in the next best way, or raise why it cannot be run in the best."""
+        mode = self.mode.next_best
+        if mode is None or (mode is Mode.SEQUENCES and not self.own.sequential_fallback):
+            raise NotPaged(self._why_not_paged) from reason
+        if mode is Mode.SEQUENCES:
+            logger.warning(f"{mode.value}, which is slow: {self._why_not_paged}")
+        self.mode, self.loan.paged = mode, mode.paged
 
     def warm_up(self, workload: Workload, sampling: Sampling) -> None:
         """Prepare, and have the engine compile and capture what its largest steps need."""
@@ -104,17 +114,21 @@ class EngineKeeper:
 
     def _new_engine(self, workload: Workload) -> Engine:
         loan, configs = self.loan, (self._batching, self.own, workload)
-        if loan.paged:
+        if self.mode is Mode.PAGES:
             found = loan.probe()
             settings = resolve_engine(loan, found.values(), *configs)
-            if self.own.self_check:
-                self_check.check(loan, found, settings)
             self.choices = explain(settings, loan, found.values(), *configs)
-        else:
+        elif self.mode is Mode.SEQUENCES:
             found = Opening(loan.model)
             found.try_out()
             settings = resolve_sequential(loan, found, *configs)
-            self.choices = explain_sequential(settings, self._why_sequential, *configs)
+            self.choices = explain_sequential(settings, self._why_not_paged, *configs)
+        else:
+            found = Kept(loan)
+            settings = resolve_states(loan, found, *configs)
+            self.choices = explain_states(settings, found, self._why_not_paged, *configs)
+        if self.own.self_check and self.mode is not Mode.SEQUENCES:
+            self_check.check(loan, found, settings)
         for choice in self.choices:
             logger.info(str(choice))
         return Engine(loan, found, settings)

@@ -33,7 +33,7 @@ from .metrics import Metrics
 from .prompts import Prompt
 from .recorder import Recorder
 from .request import Request
-from .settings import Workload, check_batching
+from .settings import Mode, Workload, check_batching
 from .streams import TokenStream
 from .submission import Submission
 from .timeline import check_file, write
@@ -149,6 +149,11 @@ class AsyncBatchingManager:
     @property
     def _engine(self) -> Engine | None:
         return self._keeper.engine
+
+    @property
+    def mode(self) -> Mode:
+        """How the model is run: the best way, unless that was tried and is not possible."""
+        return self._keeper.mode
 
     @property
     def choices(self) -> list[Choice]:

@@ -167,11 +167,14 @@ class ModelLoan:
         self._training.clear()
 
     @torch.no_grad()
-    def probe(self) -> dict[Place, LayerShape]:
+    def probe(self, packed: bool = True) -> dict[Place, LayerShape]:
         """Run a few tokens through the borrowed model, see which modules attend, with what shapes, and that outside of
         attention a token's own id and position are all that counts: with other tokens before it, or fewer, what the
         last one asks of attention stays the same (in recurrent layers and convolutions it would not, nor where
         positions are counted).
+
+        Args:
+            packed (`bool`): whether tokens of several sequences are to be packed; otherwise the last is not looked at.
 
         Raises:
             NotPaged: the model asks for something that is not supported.
@@ -210,12 +213,12 @@ class ModelLoan:
                     f"{name} generates with a cache that forgets all but {forgets} tokens, which its attention does "
                     "not ask for: async_batching would give other tokens than generate"
                 )
-        for one, other in zip(*seen, strict=True):
+        for one, other in zip(*seen, strict=True) if packed else ():
             close = 1e-4 if one.dtype == torch.float32 else 2e-2
             if (one.float() - other.float()).norm() > close * one.float().norm():
                 raise NotPaged(
                     f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), or "
-                    "counts positions itself, which async_batching does not support yet"
+                    "counts positions itself: sequences that are packed would be mixed up"
                 )
         self._products = Products(self.model, groups)
         self._shapes = probe.shapes

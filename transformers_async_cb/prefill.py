@@ -19,11 +19,12 @@ class Prefill:
         admission (`Admission`): lets others in.
         scoring (`Scoring`): says how many log-probabilities a chunk needs.
         page_size (`int`): tokens a page holds.
-        whole_prompts (`bool`): compute prompts in one piece.
+        whole_prompts (`int`): 0 to cut prompts; otherwise they are computed in one piece, several in a step if they
+            have no more tokens than that.
     """
 
     def __init__(
-        self, rows: Rows, admission: Admission, scoring: Scoring, page_size: int, whole_prompts: bool = False
+        self, rows: Rows, admission: Admission, scoring: Scoring, page_size: int, whole_prompts: int = 0
     ) -> None:
         self.under_way: list[int] = []  # rows, in the order they were let in
         self._restored: set[int] = set()  # of those, whose parameters the device has not been told of
@@ -48,7 +49,8 @@ class Prefill:
             coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
         while left > 0:
             if len(counts) == len(self.under_way):
-                admitted = self._admission.admit(spare, coming, left, scores) if len(fresh) < MOST_FRESH else None
+                room = min(left, self._whole_prompts - (budget - left)) if self._whole_prompts and counts else left
+                admitted = self._admission.admit(spare, coming, room, scores) if len(fresh) < MOST_FRESH else None
                 if admitted is None:
                     break
                 row, first = admitted
@@ -59,14 +61,14 @@ class Prefill:
                 coming.update(r.request[row].page_keys)
                 spare -= int(r.computed[row]) // self._page_size - first
             row = self.under_way[len(counts)]
-            count = min(int(r.prefill[row] - r.computed[row]), share, left)
+            count = min(self._rest(row), share, left)
             count, to_score = self._scoring.within(row, count, scores if self._whole_prompts else -(-scores // 2))
             counts.append(count)
             left -= count
             scores -= to_score
         chunks = []
         for row, count in zip(self.under_way, counts, strict=False):  # what nobody else wants
-            most = min(int(r.prefill[row] - r.computed[row]), count + left)
+            most = min(self._rest(row), count + left)
             to_score = self._scoring.within(row, count, MOST_SCORED)[1]
             most, all_to_score = self._scoring.within(row, most, to_score + scores)
             left -= most - count
@@ -79,6 +81,15 @@ class Prefill:
         done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
         self.under_way = [row for row in self.under_way if row not in done]
         return chunks, fresh
+
+    def _rest(self, row: int) -> int:
+        """Tokens that a row may go on with: all to its first sample, or to where others begin as its copies."""
+        r, end = self._rows, int(self._rows.prefill[row])
+        if self._admission.states and not self._whole_prompts and r.request[row].family is not None:
+            fork_point = self._admission.fork_point(r.request[row])
+            if r.computed[row] < fork_point:
+                end = fork_point
+        return end - int(r.computed[row])
 
     def restore(self, row: int) -> None:
         """A row whose pages have come back from the host goes on."""

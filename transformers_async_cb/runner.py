@@ -226,7 +226,7 @@ class Runner:
         a.lengths[:sequences] = plan.starts + plan.counts
         a.lengths[sequences:] = 0
         a.counts[:] = decodes, sequences
-        single = np.flatnonzero(plan.counts == 1)
+        single = self._in_parts(plan, key)
         share_out(a.work, single, a.lengths[single], self.programs)
         a.stores[:sequences] = np.where(plan.samples, plan.rows, padding)
         a.stores[sequences:] = padding
@@ -253,6 +253,10 @@ class Runner:
             truncated[len(plan.truncated) :] = -1
         if key.flavour.ranked:
             self._stage_ranked(plan, key, a)
+
+    def _in_parts(self, plan: Plan, key: StepKey) -> np.ndarray:
+        """Sequences whose keys are cut into parts, to be looked at side by side: those of one token."""
+        return np.flatnonzero(plan.counts == 1)
 
     def _stage_shaped(self, plan: Plan, a: StepArrays) -> None:
         r = self.rows
@@ -328,11 +332,15 @@ class Runner:
         is not captured: nobody knows what they do."""
         if key.flavour.shaped and self.tables is None:
             self.tables = Tables.of(self.rows.count, self.page_table.shape[1] * self.page_size, self.device)
-        if calls:
+        if calls or not self.captures(key):
             self._compute_uncaptured(key, calls)
         else:
             self.graphs.run(key, lambda: self._compute_uncaptured(key), lambda: self._record(key))
         slot.device_out[:words_back].copy_(self.static_out[:words_back], non_blocking=True)
+
+    def captures(self, key: StepKey) -> bool:
+        """Whether a step of this kind may be captured."""
+        return True
 
     def _record(self, key: StepKey) -> None:
         self.warming_up = f"capturing graph {self.graphs.count + 1}, of {key.bucket.tokens} tokens"

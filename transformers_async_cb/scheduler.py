@@ -66,8 +66,9 @@ class Scheduler:
         reserve (`float`): share of the pages that admission leaves free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
         host_pages (`int`): pages on the host for those that were preempted.
-        whole_prompts (`bool`): compute prompts in one piece, sharing nothing. Then a step must have room for the
-            longest beside the rows that decode.
+        whole_prompts (`int`): 0 to cut prompts; otherwise they are computed in one piece, several in a step if they
+            have no more tokens than that. Then a step must have room for the longest beside the rows that decode.
+        states (`bool`): whether rows have states beside their pages, see `Admission`.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Scheduler:
         reserve: float = 0.0,
         reuse: bool = True,
         host_pages: int = 0,
-        whole_prompts: bool = False,
+        whole_prompts: int = 0,
+        states: bool = False,
     ) -> None:
         self.rows = rows
         self.pages = pages
@@ -90,7 +92,7 @@ class Scheduler:
         self.row_of: dict[str, int] = {}  # of requests that have a row, and no result yet
         self.admission = Admission(
             self.line, rows, self.row_of, pages, self.host, max_tokens, int(reserve * pages.count), reuse,
-            whole_prompts, refuse=self._refuse,
+            whole_prompts > 0, states, refuse=self._refuse,
         )  # fmt: skip
         self._scoring = Scoring(rows)
         self._prefill = Prefill(rows, self.admission, self._scoring, pages.page_size, whole_prompts)
@@ -186,7 +188,7 @@ class Scheduler:
         for row, _ in chunks:  # later steps find the pages written
             self.admission.note_full_pages(row)
             request = r.request[row]
-            if request.family is not None and r.computed[row] >= request.prompt_length:
+            if request.family is not None and r.computed[row] >= self.admission.fork_point(request):
                 self.line.let_go(request.family)
         r.total[rows] += samples
         r.in_flight[rows] += 1

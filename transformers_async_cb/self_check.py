@@ -1,4 +1,4 @@
-"""Before a model first runs on pages: a few tokens of two requests, their logits beside those that `generate` gets."""
+"""Before a model first runs batched: a few tokens of two requests, their logits beside those that `generate` gets."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from .runner import Runner
 from .scheduler import Scheduler
 from .sequential import Opening, difference
 from .settings import EngineSettings
+from .states import Kept, StateRunner
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -56,8 +57,8 @@ class Trial(NamedTuple):
     logits: list[torch.Tensor]  # `[V]` after the prompt, and after each token but the last
 
 
-class _NotingRunner(Runner):
-    """A runner that keeps the logits of its last step."""
+class _Noting:
+    """Mixed into a runner: keeps the logits of its last step."""
 
     def _forward(
         self, key: StepKey, a: StepArrays, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
@@ -67,16 +68,24 @@ class _NotingRunner(Runner):
         return logits
 
 
+class _NotingRunner(_Noting, Runner):
+    """On pages."""
+
+
+class _NotingStateRunner(_Noting, StateRunner):
+    """With states."""
+
+
 @torch.no_grad()
-def check(loan: ModelLoan, shapes: dict[Place, LayerShape], settings: EngineSettings) -> None:
+def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: EngineSettings) -> None:
     """Compare, unless a model of this class and config has passed before.
 
-    Two prompts are computed packed, one of them in two chunks, then a few tokens decoded, on a small cache of the
+    Two prompts are computed, one in two chunks if it may be cut, then a few tokens decoded, on a small cache of the
     check's own. Where the device can compute that many tokens in about a second, they go beyond each window.
 
     Args:
         loan (`ModelLoan`): the model, borrowed. It is given back in between, and borrowed again.
-        shapes (`dict`): what `loan.probe()` found.
+        found (`dict` or `Kept`): what `loan.probe()` found, or what the model keeps.
         settings (`EngineSettings`): of the engine to come.
 
     Raises:
@@ -86,9 +95,15 @@ def check(loan: ModelLoan, shapes: dict[Place, LayerShape], settings: EngineSett
     digest = _digest(model, settings)
     if digest in _passed or digest in _read_file():
         return
-    length = _prompt_length(loan, shapes)
+    with_states = isinstance(found, Kept)
+    length = _prompt_length(loan, found.shapes if with_states else found)
     prompts = [_tokens(count, loan.vocabulary) for count in (2 * length, length)]
-    trials = _on_pages(loan, shapes, settings, prompts)
+    try:
+        trials = _in_steps(loan, found, settings, prompts)
+    except Exception as error:
+        if not with_states or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise NotPaged(f"{type(model).__name__} fails with batched states: {type(error).__name__}: {error}") from error
     loan.give_back()
     loan.paged = False
     try:
@@ -100,13 +115,14 @@ def check(loan: ModelLoan, shapes: dict[Place, LayerShape], settings: EngineSett
         return
     finally:
         loan.give_back()
-        loan.paged = True
+        loan.paged = settings.mode.paged
         loan.borrow()
     for trial, logits in zip(trials, expected, strict=True):
         off = statistics.median(difference(a, b) for a, b in zip(trial.logits, logits, strict=True))
-        if off > _CLOSE.get(model.dtype, _CLOSE_ROUNDED):
+        if not off <= _CLOSE.get(model.dtype, _CLOSE_ROUNDED):
+            batched = "with batched states" if with_states else "on pages"
             raise NotPaged(
-                f"{type(model).__name__} gets other logits on pages of async_batching than in generate, off by "
+                f"{type(model).__name__} gets other logits {batched} of async_batching than in generate, off by "
                 f"{off:.1%} of their size in a trial of {len(trial.tokens)} tokens"
             )
     _passed.add(digest)
@@ -114,22 +130,28 @@ def check(loan: ModelLoan, shapes: dict[Place, LayerShape], settings: EngineSett
         _write_file(digest)
 
 
-def _on_pages(
+def _in_steps(
     loan: ModelLoan,
-    shapes: dict[Place, LayerShape],
+    found: dict[Place, LayerShape] | Kept,
     settings: EngineSettings,
     prompts: list[np.ndarray],
 ) -> list[Trial]:
-    """What the engine computes for the prompts: the first in two chunks, the second whole beside the first of them."""
+    """What the engine computes for the prompts: the first in two chunks if prompts are cut, the second whole beside
+    the first of them."""
     longest = max(map(len, prompts)) + NEW_TOKENS
     columns = -(-longest // settings.page_size)
+    budget = sum(map(len, prompts)) if settings.whole_prompts else max(map(len, prompts))
     small = settings._replace(
-        pages=columns * len(prompts), rows=len(prompts), columns=columns, token_budget=max(map(len, prompts)),
+        pages=columns * len(prompts), rows=len(prompts), columns=columns, token_budget=budget,
         fused=False, compiled=False, graphs=False, logprobs=False, reuse=False, host_pages=0, debug=False,
     )  # fmt: skip
     rows = Rows(small.rows, columns, with_logprobs=False)
-    scheduler = Scheduler(rows, Pages(small.pages, small.page_size), small.token_budget, longest, reuse=False)
-    runner = _NotingRunner(loan, shapes, rows, small)
+    scheduler = Scheduler(
+        rows, Pages(small.pages, small.page_size), small.token_budget, longest, reuse=False,
+        whole_prompts=small.whole_prompts,
+    )  # fmt: skip
+    noting = _NotingStateRunner if isinstance(found, Kept) else _NotingRunner
+    runner = noting(loan, found, rows, small)
     runner.attach()
     slot = Slot(runner.words_in, runner.words_out, runner.device)
     requests = [Request(str(i), p, len(p), NEW_TOKENS, arrival=i) for i, p in enumerate(prompts)]
@@ -176,7 +198,7 @@ def _digest(model: PreTrainedModel, settings: EngineSettings) -> str:
     """Of all that decides whether a model passes."""
     of_it = (
         type(model).__module__, type(model).__qualname__, model.config.to_json_string(use_diff=False),
-        str(model.dtype), model.device.type, settings.backend, settings.page_size,
+        str(model.dtype), model.device.type, settings.mode.name, settings.backend, settings.page_size,
         transformers.__version__, torch.__version__, __version__,
     )  # fmt: skip
     return hashlib.blake2b(repr(of_it).encode(), digest_size=16).hexdigest()

@@ -17,7 +17,7 @@ from .request import Rows
 from .runner import Runner
 from .sampling import Flavour
 from .scheduler import Plan
-from .settings import EngineSettings, Workload, resolve_engine
+from .settings import EngineSettings, Mode, Workload, resolve_engine
 
 
 # Requests that run at the same time, at most. More would make each step longer, and none of them faster.
@@ -61,7 +61,7 @@ class Sequence:
     @property
     def bytes(self) -> int:
         """Of all tensors that it keeps."""
-        return sum(tensor.nbytes for tensor in _tensors(self.kwargs, set()))
+        return sum(tensor.nbytes for tensor in tensors_of(self.kwargs))
 
 
 class Opening:
@@ -165,8 +165,9 @@ def _some_tokens(count: int, device: torch.device) -> torch.Tensor:
     return torch.arange(count, device=device)[None] % 2 + 2
 
 
-def _tensors(value: object, seen: set[int]) -> Iterable[torch.Tensor]:
+def tensors_of(value: object, seen: set[int] | None = None) -> Iterable[torch.Tensor]:
     """All tensors within, each once."""
+    seen = set() if seen is None else seen
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -174,12 +175,12 @@ def _tensors(value: object, seen: set[int]) -> Iterable[torch.Tensor]:
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item, seen)
+            yield from tensors_of(item, seen)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item, seen)
+            yield from tensors_of(item, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-        yield from _tensors(vars(value), seen)
+        yield from tensors_of(vars(value), seen)
 
 
 def resolve_sequential(
@@ -214,7 +215,8 @@ def resolve_sequential(
         graphs=False,
         reuse=False,
         host_pages=0,
-        sequential=True,
+        mode=Mode.SEQUENCES,
+        whole_prompts=settings.token_budget,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from enum import Enum
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -280,6 +281,25 @@ class Workload(NamedTuple):
         return cls(hints.num_requests, longest, longest * hints.num_requests)
 
 
+class Mode(Enum):
+    """How an engine runs its model, the best first."""
+
+    PAGES = "tokens of all sequences packed, keys and values on pages"
+    HYBRID = "a state for each row, keys and values on pages"
+    STATES = "a state for each row"
+    SEQUENCES = "one sequence at a time, each with a cache of its own"
+
+    @property
+    def paged(self) -> bool:
+        """Whether the model's attention is ours."""
+        return self in (Mode.PAGES, Mode.HYBRID)
+
+    @property
+    def next_best(self) -> Mode | None:
+        modes = list(Mode)
+        return next(iter(modes[modes.index(self) + 1 :]), None)
+
+
 class EngineSettings(NamedTuple):
     """Everything that is fixed when an engine is built. `row_limit` and `page_limit` bound what any workload gets."""
 
@@ -301,7 +321,8 @@ class EngineSettings(NamedTuple):
     reuse: bool
     overlap: bool
     debug: bool
-    sequential: bool = False  # one sequence at a time, with a cache object of its own
+    mode: Mode = Mode.PAGES
+    whole_prompts: int = 0  # 0: prompts are cut; or computed in one piece, several in a step up to so many tokens
 
     def fit(self, workload: Workload) -> bool:
         """Whether an engine of these settings serves `workload` as well as a new one would."""

@@ -134,14 +134,15 @@ def attention_forward(
     are what it found the model's masks to be.
 
     Args:
-        query (`torch.Tensor`): `[1, heads, T, key_dim]`.
-        key (`torch.Tensor`): `[1, kv_heads, T, key_dim]`.
-        value (`torch.Tensor`): `[1, kv_heads, T, value_dim]`.
+        query (`torch.Tensor`): `[1, heads, T, key_dim]`, or `[B, heads, n, key_dim]` of sequences with as many tokens
+            each.
+        key (`torch.Tensor`): `[1, kv_heads, T, key_dim]`, or `[B, kv_heads, n, key_dim]`.
+        value (`torch.Tensor`): `[1, kv_heads, T, value_dim]`, or `[B, kv_heads, n, value_dim]`.
         softcap (`float`, *optional*): see `paged_attention`.
         s_aux (`torch.Tensor`, *optional*): the sinks, see `paged_attention`.
 
     Returns:
-        `[1, T, heads, value_dim]`, and no weights.
+        `[1, T, heads, value_dim]`, or `[B, n, heads, value_dim]`, and no weights.
     """
     turns = getattr(module, ATTRIBUTE, None)
     if turns is None:
@@ -154,10 +155,10 @@ def attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     out = paged_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
         attached.key_pages, attached.value_pages, scaling, attached.window, attached.chunk, softcap or 0.0, s_aux,
     )  # fmt: skip
-    return out[None], None
+    return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 def current_step() -> tuple[Step, ModuleType]:

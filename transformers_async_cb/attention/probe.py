@@ -80,7 +80,7 @@ class Probe:
             kv_heads, key.shape[3], value.shape[3], key.dtype, window, chunk, None if source == place else source
         )
         self.inputs += [x[0, :, -1] for x in (query, key, value)]  # views: nobody else gets their memory meanwhile
-        return query.new_zeros(1, query.shape[2], heads, value.shape[3])
+        return query.new_zeros(query.shape[0], query.shape[2], heads, value.shape[3])
 
     def _span(self, name: str, mask: torch.Tensor, window: int) -> tuple[int, int]:
         """The window and the chunk that make a causal mask this one: `window`, where the layer states it, or else a

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
-from ..matrix import FAILING, Verdict, judge_all, model_types
+from ..matrix import FAILING, MODES, Verdict, judge_all, model_types
 from .arguments import positive
 
 
@@ -65,20 +65,24 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _table(verdicts: list[Verdict], counts: Counter[str]) -> Table:
+    hows = [*MODES.values(), ""]
     table = Table(
         title=f"{len(verdicts)} model types of transformers {transformers.__version__}, small, against model.generate",
         caption=", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLOURS)
-        + f"; {sum(one.sequential and one.verdict == 'exact' for one in verdicts)} of the exact ones sequential",
+        + "; of the exact ones "
+        + ", ".join(
+            f"{sum(one.verdict == 'exact' and one.how == how for one in verdicts)} {how}" for how in MODES.values()
+        ),
         box=box.SIMPLE_HEAD,
         padding=0,
     )
     table.add_column("model type", no_wrap=True)
     table.add_column("", no_wrap=True)
+    table.add_column("how", no_wrap=True)
     table.add_column("s", justify="right", no_wrap=True)
     table.add_column("why")
     order = list(_COLOURS)
-    for one in sorted(verdicts, key=lambda one: (order.index(one.verdict), not one.sequential)):
-        colour = _COLOURS[one.verdict]
-        kind = f"{one.verdict}, sequential" if one.sequential else one.verdict
-        table.add_row(one.model_type, f"[{colour}]{kind}[/]", f"{one.seconds:.1f}", escape(one.why))
+    for one in sorted(verdicts, key=lambda one: (order.index(one.verdict), -hows.index(one.how))):
+        verdict = f"[{_COLOURS[one.verdict]}]{one.verdict}[/]"
+        table.add_row(one.model_type, verdict, one.how, f"{one.seconds:.1f}", escape(one.why))
     return table

@@ -2,7 +2,7 @@
 
 from .processes import judge_all
 from .small import model_types
-from .verdict import FAILING, Verdict, judge
+from .verdict import FAILING, MODES, Verdict, judge
 
 
-__all__ = ["FAILING", "Verdict", "judge", "judge_all", "model_types"]
+__all__ = ["FAILING", "MODES", "Verdict", "judge", "judge_all", "model_types"]

@@ -13,6 +13,8 @@ from transformers.utils import logging
 
 from ..config import AsyncBatchingConfig
 from ..install import install
+from ..manager import CACHED, AsyncBatchingManager
+from ..settings import Mode
 from .small import FIRST_ORDINARY, SKIPPED, VOCABULARY, small_model
 
 
@@ -25,6 +27,14 @@ TRIALS = [(seed, spread) for spread in (0.3, 0.5, 0.1, 0.05) for seed in range(4
 FEWEST_TOKENS = 4  # that differ, in each answer
 
 
+# How a model was run, the best first.
+MODES = {
+    Mode.PAGES: "pages",
+    Mode.HYBRID: "states and pages",
+    Mode.STATES: "states",
+    Mode.SEQUENCES: "one at a time",
+}
+
 # Verdicts that should not be.
 FAILING = ("wrong", "failed")
 
@@ -32,14 +42,15 @@ FAILING = ("wrong", "failed")
 class Verdict(NamedTuple):
     """What came of one model type.
 
-    `exact` or `wrong` against `model.generate`, on pages or `sequential`; `refused` by the engine; `failed` in any
-    other way, or not to be decided; `skipped`: nothing to compare with. `why` it is not exact, or not on pages.
+    `exact` or `wrong` against `model.generate`; `refused` by the engine; `failed` in any other way, or not to be
+    decided; `skipped`: nothing to compare with. `how` it ran, if it did, is one of `MODES`. `why` it is not exact, or
+    not packed on pages.
     """
 
     model_type: str
     verdict: str
     why: str = ""
-    sequential: bool = False
+    how: str = ""
     seconds: float = 0.0
 
 
@@ -73,33 +84,33 @@ def _judge(model_type: str) -> Verdict:
     else:
         why = f"not to be decided: in {len(TRIALS)} trials, an answer of model.generate was a few tokens repeated"
         return Verdict(model_type, "failed", why)
-    verdict, why = _compare(model, prompts, expected, sequential=False)
-    if verdict != "refused":
-        return Verdict(model_type, verdict, why)
-    verdict, other = _compare(model, prompts, expected, sequential=True)
-    return Verdict(model_type, verdict, other or why, sequential=verdict != "refused")
+    return _compare(model_type, model, prompts, expected)
 
 
-def _compare(
-    model: PreTrainedModel, prompts: list[list[int]], expected: list[list[int]], sequential: bool
-) -> tuple[str, str]:
-    """The verdict on a model, and why."""
+def _compare(model_type: str, model: PreTrainedModel, prompts: list[list[int]], expected: list[list[int]]) -> Verdict:
     try:
         outputs = model.generate_batch(
             prompts,
             generation_config=_greedy(),
             continuous_batching_config=ContinuousBatchingConfig(max_batch_tokens=TOKEN_BUDGET),
-            async_batching=AsyncBatchingConfig(sequential_fallback=sequential, debug=True),
+            async_batching=AsyncBatchingConfig(debug=True),
+            persistent_manager=True,
         )
     except ValueError as error:
-        return "refused", str(error)
+        return Verdict(model_type, "refused", str(error))
     except Exception as error:
-        return "failed", _sentence(error)
+        return Verdict(model_type, "failed", _sentence(error))
+    manager: AsyncBatchingManager = getattr(model, CACHED)
+    how = MODES[manager.mode]
+    why = next((choice.reason for choice in manager.choices if choice.name == "sequences"), "")
+    manager.destroy()
     errors = [output.error for output in outputs.values() if output.error is not None]
     if errors:
-        return "failed", errors[0]
+        return Verdict(model_type, "failed", errors[0], how)
     wrong = sum(output.generated_tokens != answer for output, answer in zip(outputs.values(), expected, strict=True))
-    return ("wrong", f"{wrong} of {len(prompts)} answers are not those of model.generate") if wrong else ("exact", "")
+    if wrong:
+        return Verdict(model_type, "wrong", f"{wrong} of {len(prompts)} answers are not those of model.generate", how)
+    return Verdict(model_type, "exact", why, how)
 
 
 def _greedy() -> GenerationConfig:
