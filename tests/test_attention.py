@@ -26,8 +26,9 @@ SHAPES = [(4, 4, 16, 16), (4, 2, 32, 32), (6, 2, 24, 24), (8, 1, 64, 64), (4, 2,
 UNUSUAL = [(2, 1, 512, 512), (4, 4, 192, 128)]
 
 
-def make_case(sequences, shape, padding, seed, programs=20, device="cpu", dtype=torch.float32):
-    """A step over scattered pages, all that is not a sequence's own filled with NaN, and the inputs of attention."""
+def make_case(sequences, shape, ask, padding, seed, programs=20, device="cpu", dtype=torch.float32):
+    """A step over scattered pages, all that is not a sequence's own filled with NaN, pages too that none of its new
+    tokens looks back on; and the inputs of attention."""
     heads, kv_heads, key_dim, value_dim = shape
     g = torch.Generator().manual_seed(seed)
     columns = max(-(-(c + n) // PAGE_SIZE) for c, n in sequences) + 2
@@ -45,6 +46,8 @@ def make_case(sequences, shape, padding, seed, programs=20, device="cpu", dtype=
         at = torch.arange(context)
         pages = page_table[rows[b], at // PAGE_SIZE].long()
         keys[pages, at % PAGE_SIZE], values[pages, at % PAGE_SIZE] = k[:context], v[:context]
+        dead = page_table[rows[b], : first_seen(context, ask) // PAGE_SIZE].long()
+        keys[dead] = values[dead] = torch.nan
         own.append((k, v))
     tokens = sum(n for _, n in sequences)
     pad_row = len(page_table) - 1
@@ -92,6 +95,12 @@ CAUSAL = Ask()
 ASKS = [Ask(chunk=24), Ask(softcap=2.0), Ask(sinks=True), Ask(window=7, softcap=30.0, sinks=True)]
 
 
+def first_seen(position, ask):
+    if ask.chunk:
+        return position // ask.chunk * ask.chunk
+    return max(0, position - ask.window + 1) if ask.window else 0
+
+
 def sinks_of(shape, ask):
     """One above what a head's scores are, one below."""
     return torch.linspace(-4, 4, shape[0]) if ask.sinks else None
@@ -103,9 +112,7 @@ def expected(query, own, sequences, scaling, ask, sinks):
     for (context, count), (k, v) in zip(sequences, own, strict=True):
         for i in range(count):
             last = context + i + 1
-            first = max(0, last - ask.window) if ask.window else 0
-            if ask.chunk:
-                first = (last - 1) // ask.chunk * ask.chunk
+            first = first_seen(last - 1, ask)
             group = query.shape[1] // k.shape[1]
             ks = k[first:last].double().repeat_interleave(group, 1)
             vs = v[first:last].double().repeat_interleave(group, 1)
@@ -122,7 +129,7 @@ def expected(query, own, sequences, scaling, ask, sinks):
 
 def check(backend, sequences, shape, ask, padding, device="cpu", dtype=torch.float32, tolerance=2e-6):
     (query, key, value, keys, values), step, own = make_case(
-        sequences, shape, padding, seed=1, device=device, dtype=dtype
+        sequences, shape, ask, padding, seed=1, device=device, dtype=dtype
     )
     scaling = shape[2] ** -0.5
     sinks = sinks_of(shape, ask)
@@ -134,10 +141,10 @@ def check(backend, sequences, shape, ask, padding, device="cpu", dtype=torch.flo
     assert error < tolerance
     assert not step.counters.any()
     for b, (context, count) in enumerate(sequences):
-        at = torch.arange(context + count, device=device)
+        at = torch.arange(first_seen(context, ask), context + count, device=device)
         pages = step.page_table[step.rows[b], at // PAGE_SIZE]
         for written, wanted in zip((keys, values), own[b], strict=True):
-            assert torch.equal(written[pages, at % PAGE_SIZE].cpu(), wanted.to(dtype))
+            assert torch.equal(written[pages, at % PAGE_SIZE].cpu(), wanted[at.cpu()].to(dtype))
 
 
 @pytest.mark.parametrize("sequences", [DECODE, MIXED], ids=["decode", "mixed"])

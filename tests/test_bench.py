@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from conftest import VOCABULARY, new_model
@@ -10,6 +12,8 @@ from transformers import GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers_async_cb import bench
 from transformers_async_cb.bench import ModelCost, Rates, Workload, least_seconds
 from transformers_async_cb.bench.kernels import Span, summarize
+from transformers_async_cb.bench.limit import LayerCost
+from transformers_async_cb.groups import PageGroup
 
 
 READING, COMPUTING = Rates(bytes=1, flops=1e30), Rates(bytes=1e30, flops=1)
@@ -60,6 +64,12 @@ class TestTheLimit:
         looks = 1 + 2 + 3 + sum(min(n, 16) for n in range(4, 41))
         prompt = 40 * cost.token_flops + cost.head_flops + 2 * 256 * looks
         assert least_seconds(cost, COMPUTING, Workload(1, (40, 40), (1, 1))) == prompt
+
+    def test_reads_no_more_than_a_chunk(self) -> None:
+        layer = LayerCost(bytes=256, flops=0, kept=PageGroup(1, chunk=16))
+        cost = ModelCost(weight_bytes=0, token_flops=0, head_flops=0, layers=Counter([layer]))
+        for context, looks in ((15, 16), (16, 1), (40, 9)):  # of the token that comes after those
+            assert least_seconds(cost, READING, Workload(1, (context, context), (2, 2))) == looks * 256
 
     def test_counts_a_head_that_is_the_embedding_once_and_no_table_of_positions(self) -> None:
         model: GPT2LMHeadModel = new_model("gpt2")

@@ -89,7 +89,7 @@ class TestTokensEqualGenerates:
             page_size=page_size,
             max_batch_tokens=token_budget,
         )
-        assert engine.scheduler.preemptions > 0
+        assert (engine.scheduler.preemptions > 0) == (family != "mistral"), "windows of a few pages do not run short"
         assert (engine.scheduler.discarded > 0) == overlap
 
     @OVERLAP

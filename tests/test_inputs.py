@@ -20,8 +20,8 @@ def make_case(
 ) -> tuple[StepArrays, list[torch.Tensor | Tables | None]]:
     """Inputs that write each cell and row at most once, and the tables they write to."""
     draw = np.random.default_rng(seed)
-    sizes = bucket.sizes(PAGE_SIZE, 7, 0, Flavour(shaped=shaped))
-    packed = np.zeros(bucket.words(PAGE_SIZE, 7, 0, Flavour(shaped=shaped)), np.int32)
+    sizes = bucket.sizes([PAGE_SIZE], 7, 0, Flavour(shaped=shaped))
+    packed = np.zeros(bucket.words([PAGE_SIZE], 7, 0, Flavour(shaped=shaped)), np.int32)
     a = StepArrays.of(packed, sizes)
     a.ids[:] = draw.integers(-1 - ROWS, 90, bucket.tokens)
     a.positions[:] = np.arange(bucket.tokens)

@@ -175,7 +175,7 @@ class TestOfPrompts:
         engine = manager._engine
         outputs = [manager.get_result(request_id) for request_id in ids]
         manager.stop()
-        assert engine.scheduler.preemptions > 0
+        assert (engine.scheduler.preemptions > 0) == (family != "mistral"), "windows of a few pages do not run short"
         for output in outputs:
             check(model, output, 1, 3)
 

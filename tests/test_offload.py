@@ -305,12 +305,12 @@ class TestHostPages:
     def test_go_out_from_the_last_to_the_first_and_come_in_from_where_they_are_missing(self) -> None:
         host, request = HostPages(8, 256), self.request()  # two pages a move
         host.note_copied(1, 0.1)
-        assert host.move_out(3, request, 5) == 3
+        assert host.move_out(3, request, [range(5)]) == 3
         assert [(move.row, move.out, move.first, len(move.host_pages)) for move in host.take_moves()] == [
             (3, True, 4, 1), (3, True, 2, 2), (3, True, 0, 2)
         ]  # fmt: skip
         assert (host.free, host.under_way) == (3, 3)
-        assert host.move_in(1, request, 2) == 2
+        assert host.move_in(1, request, [2]) == 2
         moves = host.take_moves()
         assert [(move.row, move.out, move.first) for move in moves] == [(1, False, 2), (1, False, 4)]
         assert np.concatenate([move.host_pages for move in moves]).tolist() == host.of(request)[2:].tolist()
@@ -321,5 +321,5 @@ class TestHostPages:
     def test_take_as_many_as_there_are(self) -> None:
         host, first, second, third = HostPages(8, 512), self.request(), self.request(), self.request()
         host.note_copied(1, 0.1)
-        assert [host.move_out(0, first, 5), host.move_out(1, second, 5), host.move_out(2, third, 5)] == [5, 3, 0]
+        assert [host.move_out(0, request, [range(5)]) for request in (first, second, third)] == [5, 3, 0]
         assert len(host.of(third)) == 0

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import greedy, new_model, random_prompts, reference, shared_model
+from conftest import VOCABULARY, greedy, new_model, random_prompts, reference, shared_model
 from torch._dynamo.utils import counters
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.attention import reference as reference_backend
@@ -40,7 +41,7 @@ class TestCompiledLayers:
 
         def noting_caches(self, *args) -> None:
             init(self, *args)
-            made.update(pages.data_ptr() for layer in self.layers.values() for pages in layer)
+            made.update(pages.data_ptr() for layer in self.layers.values() for pages in layer[:2])
 
         monkeypatch.setattr(reference_backend, "write_pages", noting_pages)
         monkeypatch.setattr(Runner, "__init__", noting_caches)
@@ -49,6 +50,20 @@ class TestCompiledLayers:
         assert counters["stats"]["unique_graphs"] - before == 3, "layers, rotary embedding, last norm"
         assert written == made, "no copy of the cache was written to"
         assert len(made) == 6
+
+    @needs_a_compiler
+    def test_are_a_graph_for_each_kind_of_layer_where_pages_are_shared_by_kinds(self, monkeypatch) -> None:
+        config = Gemma3TextConfig(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=32, num_hidden_layers=12, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, sliding_window=8, max_position_embeddings=512,
+            layer_types=2 * (["sliding_attention"] * 5 + ["full_attention"]), initializer_range=0.3,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(config).eval()
+        expected = [reference(model, prompt, greedy(12)) for prompt in PROMPTS]
+        before = counters["stats"]["unique_graphs"]
+        assert generated(model) == expected
+        assert counters["stats"]["unique_graphs"] - before == 5, "two layers and rotary embeddings, last norm"
 
     @needs_a_compiler
     def test_are_compiled_for_more_models_than_torch_would_by_itself(self, log) -> None:

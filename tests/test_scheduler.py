@@ -15,11 +15,13 @@ from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from transformers_async_cb import prefill
+from transformers_async_cb.groups import PageGroup, PageLayout, most_held
 from transformers_async_cb.logprobs import RANKED_WORDS, PromptScores, no_words
 from transformers_async_cb.offload import Move
 from transformers_async_cb.pages import Pages
 from transformers_async_cb.request import MOST_FRESH, Family, Phase, Request, Rows
 from transformers_async_cb.scheduler import Plan, Scheduler
+from transformers_async_cb.tables import PageTables
 
 
 VOCABULARY = 40
@@ -72,27 +74,25 @@ def ranked_words(arrival: int, position: int, words: int) -> range:
 
 
 class Device:
-    """What a device would make of the plans, in the order they are launched: a page table, who wrote where, and what
+    """What a device would make of the plans, in the order they are launched: page tables, who wrote where, and what
     went into the state of each row, where rows have states."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        rows, pages = scheduler.rows, scheduler.pages
-        self.table = np.zeros(rows.count * rows.pages.shape[1], np.int32)
-        self.columns = rows.pages.shape[1]
+        self.groups = scheduler.tables.groups
+        self.tables = np.zeros((len(self.groups), scheduler.rows.count + 1, scheduler.tables.columns), np.int32)
         self.cache: dict[tuple[int, int], tuple[int, ...]] = {}
-        self.page_size = pages.page_size
         self.on_host: dict[tuple[int, int], tuple[int, ...]] = {}
         self.states: dict[int, tuple[int, ...]] = {}
 
     def move(self, move: Move) -> None:
         """Copy pages to the host or back, with the row's line of the page table."""
-        rows = self.scheduler.rows
         if not move.out:
-            self.table.reshape(-1, self.columns)[move.row] = rows.pages[move.row]
+            self.tables[:, move.row] = self.scheduler.tables.pages[:, move.row]
+        page_size = self.groups[move.group].page_size
         for column, host_page in enumerate(move.host_pages.tolist(), move.first):
-            for offset in range(self.page_size):
-                here, there = self.where(move.row, column * self.page_size + offset), (host_page, offset)
+            for offset in range(page_size):
+                here, there = self.where(move.group, move.row, column * page_size + offset), (host_page, offset)
                 if move.out:
                     self.on_host[there] = self.cache[here]
                 else:
@@ -100,27 +100,30 @@ class Device:
 
     def compute(self, plan: Plan) -> np.ndarray:
         """Write each token's position and read those before it; returns the sampled ids."""
-        table = self.table.reshape(-1, self.columns)
-        for source, copied, row, page in plan.forks.tolist():
-            table[row] = table[source]
+        self.empty()
+        for fork in plan.forks:
+            (source, *copied), (row, *pages) = fork.reshape(2, -1).tolist()
+            self.tables[:, row] = self.tables[:, source]
             self.states[row] = self.states.get(source)
-            for offset in range(self.page_size) if page else ():
-                self.cache[page, offset] = self.cache.get((copied, offset))
-        self.table[plan.cells] = plan.pages
+            for group, copy, page in zip(self.groups, copied, pages, strict=True):
+                for offset in range(group.page_size) if page else ():
+                    self.cache[page, offset] = self.cache.get((copy, offset))
+        self.tables.reshape(-1)[plan.cells] = plan.pages
         arrivals = self.scheduler.rows.arrival[plan.rows].tolist()
         sequences = list(zip(plan.rows.tolist(), plan.starts.tolist(), plan.counts.tolist(), arrivals, strict=True))
         for row, start, count, arrival in sequences if self.scheduler.admission.states else ():
             assert not start or self.states[row] == beginning(arrival, start - 1), "it goes on from another state"
             self.states[row] = beginning(arrival, start + count - 1)
         for row, start, count, arrival in sequences:
-            for position in range(start, start + count):
-                page, _ = where = self.where(row, position)
+            for position, g in itertools.product(range(start, start + count), range(len(self.groups))):
+                page, _ = where = self.where(g, row, position)
                 assert self.scheduler.pages._holders[page] == 1, "a page that others hold is written"
-                self.cache[where] = beginning(arrival, position)
+                self.cache[where] = (g, *beginning(arrival, position))
         for row, start, count, arrival in sequences:
-            for position in range(start + count):
-                found = self.cache.get(self.where(row, position))
-                assert found == beginning(arrival, position), f"row {row} of r{arrival} reads {found} at {position}"
+            for g, group in enumerate(self.groups):
+                for position in range(group.first_seen(start), start + count):
+                    found = self.cache.get(self.where(g, row, position))
+                    assert found == (g, *beginning(arrival, position)), f"r{arrival} reads {found} at {position}"
         return np.array([token_of(arrival, start + count) for _, start, count, arrival in sequences], np.int32)
 
     def rank(self, plan: Plan) -> np.ndarray:
@@ -131,10 +134,17 @@ class Device:
         words = [ranked_words(rows.arrival[plan.rows[sequence]], at, RANKED_WORDS) for sequence, at in tokens]
         return np.array(words, np.int32).reshape(-1, RANKED_WORDS)
 
-    def where(self, row: int, position: int) -> tuple[int, int]:
-        page = int(self.table[row * self.columns + position // self.page_size])
+    def where(self, g: int, row: int, position: int) -> tuple[int, int]:
+        column, offset = divmod(position, self.groups[g].page_size)
+        page = int(self.tables[g, row, column])
         assert page != Pages.PADDING
-        return page, position % self.page_size
+        return page, offset
+
+    def empty(self) -> None:
+        """What is in pages that nobody holds, or may want again, is gone."""
+        emptied = self.scheduler.pages.take_emptied()
+        if emptied and len(gone := np.concatenate(emptied)):
+            self.cache = {where: what for where, what in self.cache.items() if where[0] not in gone}
 
 
 class Simulation:
@@ -151,13 +161,16 @@ class Simulation:
         reserve: float = 0.0,
         host_pages: int = 0,
         rng: random.Random | None = None,
+        groups: tuple[PageGroup, ...] | None = None,
         **kinds: bool | int,
     ) -> None:
-        columns = min(pages, -(-longest // page_size))
+        layout = PageLayout(groups or (PageGroup(page_size),), (), {})
+        columns = -(-min(longest, layout.longest(pages) or longest) // page_size)
         self.depth = depth
-        self.rows, self.pages = Rows(rows, columns, with_logprobs=False), Pages(pages, page_size)
+        self.rows, self.pages = Rows(rows, with_logprobs=False), Pages(pages, page_size)
+        self.tables = PageTables(rows, columns, layout, self.pages)
         self.scheduler = Scheduler(
-            self.rows, self.pages, budget, columns * page_size, reserve, host_pages=host_pages, **kinds
+            self.rows, self.tables, budget, columns * page_size, reserve, host_pages=host_pages, **kinds
         )
         self.scheduler.host.note_copied(1, 0.0)
         self.scheduler.host.pages_a_move = 2
@@ -182,6 +195,7 @@ class Simulation:
             self.check_plan(plan)
             self.plans.append(plan)
             self.flights.append((plan, self.device.compute(plan)))
+        self.device.empty()  # before pages come in
         for move in self.scheduler.host.take_moves():
             self.moves[move.out].append(move)
         self.check_books()
@@ -254,12 +268,13 @@ class Simulation:
         assert (ends <= r.prefill[prompts]).all()
         assert ((ends == r.prefill[prompts]) == plan.samples[plan.decodes :]).all()
         full = plan.tokens == self.scheduler.token_budget or plan.scores == prefill.MOST_SCORED
+        full |= self.tables.forgets  # and may have found no page
         if self.scheduler.admission.states:  # where others of its family begin as copies
             full |= any(r.request[row].family is not None for row in prompts)
         assert full or (ends == r.prefill[prompts]).all(), "a prompt is cut"
         assert set(plan.fresh) <= set(prompts.tolist())
         assert not r.moving[rows].any() and not r.moving[plan.forks[:, 0]].any(), "pages are not there yet"
-        forked = set(plan.forks[:, 2].tolist())
+        forked = set(plan.forks[:, 1 + len(self.tables.groups)].tolist())
         assert forked <= set(plan.fresh)
         for row in plan.fresh:
             start, prompt = plan.starts[rows.tolist().index(row)], r.request[row].prompt_length
@@ -271,17 +286,24 @@ class Simulation:
             assert fresh < min(still), "one that is before it in line still waits"
 
     def check_books(self) -> None:
-        r = self.rows
+        r, tables = self.rows, self.tables
         held = [row for row in range(r.count) if r.phase[row] != Phase.FREE]
-        pages = np.concatenate([r.pages[row, : r.page_count[row]] for row in held] + [np.empty(0, np.int32)])
+        lines = [(g, row) for g in range(len(tables.groups)) for row in held]
+        pages = np.concatenate(
+            [tables.pages[at][tables.first[at] : tables.end[at]] for at in lines] + [np.empty(0, np.int32)]
+        )
         assert (np.bincount(pages, minlength=self.pages.count + 1) == self.pages._holders).all()
         assert Pages.PADDING not in pages
         assert len(np.unique(pages)) == self.pages.count - self.pages.free
         assert r.free == r.count - len(held)
         out = r.moving & (r.phase >= Phase.PREEMPTED)
-        assert ((r.page_count * self.pages.page_size >= r.computed) | out)[held].all()
+        for g, group in enumerate(tables.groups):
+            assert ((tables.end[g] * group.page_size >= r.computed) | out)[held].all()
+            step = group.needed(self.depth * self.scheduler.token_budget) + 1
+            most = most_held(group, r.known + r.prefill, tables.layout.grain) + (0 if group.keeps_all else step)
+            assert (tables.end[g] - tables.first[g] <= most)[held].all(), "more pages than a window and a few steps"
         host = self.scheduler.host
-        kept = np.concatenate([*host._of.values(), np.empty(0, np.int64)])
+        kept = np.concatenate([*map(host.of, host._of), np.empty(0, np.int64)])
         assert len(np.unique(kept)) == len(kept) == host.count - host.free
         assert host.under_way == sum(map(len, self.moves.values())) + len(host._moves)
         assert (r.known[held] <= r.total[held]).all()
@@ -294,7 +316,21 @@ class Simulation:
         assert all(in_flight[row] for row in held if r.phase[row] >= Phase.PREEMPTED), "a row is held for nothing"
 
 
-@pytest.fixture(params=range(12), ids=lambda seed: f"seed {seed}")
+def random_groups(rng: random.Random, page_size: int) -> tuple[PageGroup, ...]:
+    """Half of them as most models have them."""
+    span, times = rng.randint(1, 20), rng.randint(1, 3)
+    window, chunks = PageGroup(page_size, window=span), PageGroup(page_size, chunk=span)
+    return rng.choice([
+        *[(PageGroup(page_size),)] * 5,
+        (window,),
+        (chunks,),
+        (PageGroup(page_size * times), window),
+        (PageGroup(page_size * times), chunks),
+        (PageGroup(page_size), PageGroup(page_size * times, window=rng.randint(1, 20)), window),
+    ])  # fmt: skip
+
+
+@pytest.fixture(params=range(20), ids=lambda seed: f"seed {seed}")
 def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(request.param)
 
@@ -315,11 +351,12 @@ class TestRandomRuns:
     def simulation(rng: random.Random, depth: int, longest: int = 40, spare: int = 20) -> Simulation:
         """A pool that fits the longest request and has up to `spare` pages more."""
         page_size = rng.choice((1, 2, 3, 4, 8))
-        pages = -(-(longest - 1) // page_size) + rng.randint(0, spare)
+        groups = random_groups(rng, page_size)
+        pages = PageLayout(groups, (), {}).pages_at_length(longest - 1) + rng.randint(0, spare)
         rows = rng.randint(1, min(12, pages))
         return Simulation(
             depth, pages, page_size, rows, max(rows, rng.randint(1, 30)), longest, rng.choice((0, 0, 0.3)),
-            host_pages=rng.choice((0, 5, 1000)), rng=rng,
+            host_pages=rng.choice((0, 5, 1000)), rng=rng, groups=groups,
         )  # fmt: skip
 
     def test_end_every_request_with_its_answer(self, rng: random.Random, depth: int) -> None:
@@ -730,7 +767,7 @@ class TestFamilies:
         simulation.turn()
         simulation.turn()
         assert (simulation.pages._holders == 3).sum() == 5
-        assert (simulation.plans[1].forks[:, 1] == simulation.rows.pages[0, 5]).all()
+        assert (simulation.plans[1].forks[:, 1] == simulation.tables.pages[0, 0, 5]).all()
         simulation.run()
 
     def test_compute_it_in_chunks_while_others_pass_those_that_wait_for_it(self, depth: int) -> None:
@@ -790,7 +827,8 @@ class TestFamilies:
         self, rng: random.Random, depth: int, kind: str
     ) -> None:
         page_size, reuse = rng.choice((1, 2, 3, 4, 8)), rng.random() < 0.5
-        pages = -(-39 // page_size) + rng.randint(0, 15)
+        groups = random_groups(rng, page_size) if kind != "states, whole prompts" else (PageGroup(page_size),)
+        pages = PageLayout(groups, (), {}).pages_at_length(39) + rng.randint(0, 15)
         rows = rng.randint(1, min(10, pages))
         budget, host_pages = max(rows, rng.randint(1, 30)), rng.choice((0, 5, 1000))
         kinds = {"host_pages": host_pages}
@@ -798,7 +836,7 @@ class TestFamilies:
             kinds, reuse = {"states": True}, False
         if kind == "states, whole prompts":
             kinds["whole_prompts"], budget = budget, 40 + rows
-        simulation = Simulation(depth, pages, page_size, rows, budget, 40, rng=rng, **kinds)
+        simulation = Simulation(depth, pages, page_size, rows, budget, 40, rng=rng, groups=groups, **kinds)
         simulation.scheduler.admission.reuse = reuse
         coming, cancelled = deque(), set()
         for arrival in range(14):

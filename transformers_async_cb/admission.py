@@ -11,6 +11,7 @@ from .logprobs import MOST_SCORED
 from .offload import HostPages
 from .pages import Pages, extend_keys
 from .request import MOST_MASKED_PROMPTS, Phase, Request, Rows
+from .tables import Found, PageTables
 
 
 # Pages that a request waits for, if another is computing them: fewer it computes itself.
@@ -27,7 +28,7 @@ class Admission:
 
     Args:
         line (`Line`): who waits.
-        rows (`Rows`), row_of (`dict`), pages (`Pages`), host (`HostPages`): the books.
+        rows (`Rows`), row_of (`dict`), tables (`PageTables`), host (`HostPages`): the books.
         max_tokens (`int`): positions one request may use.
         reserve (`int`): pages that are left free while anything runs.
         reuse (`bool`): whether requests that begin alike share pages.
@@ -41,7 +42,7 @@ class Admission:
         line: Line,
         rows: Rows,
         row_of: dict[str, int],
-        pages: Pages,
+        tables: PageTables,
         host: HostPages,
         max_tokens: int,
         reserve: int,
@@ -53,7 +54,8 @@ class Admission:
         self.line = line
         self.rows = rows
         self.row_of = row_of
-        self.pages = pages
+        self.tables = tables
+        self.pages = tables.pool
         self.host = host
         self.max_tokens = max_tokens
         self.reserve = reserve
@@ -63,7 +65,7 @@ class Admission:
         self.looked_up = 0  # tokens of requests when they were let in
         self.reused = 0  # of those, tokens whose keys and values were there
         self._refuse = refuse
-        self._forks: list[tuple[int, int, int, int]] = []
+        self._forks: list[list[int]] = []
         self._fresh: set[int] = set()  # rows whose page tables the device has not been told of
 
     def admit(self, most_found: int, coming: set[bytes], left: int, scores: int) -> tuple[int, int] | None:
@@ -73,24 +75,18 @@ class Admission:
         step.
 
         Returns:
-            The row, and the first column of the page table that the device must be told. A row that waits for pages
-            from the host (`rows.moving`) brings its whole line along.
+            The row, and the first of its tokens whose pages the device must be told of. A row that waits for pages
+            from the host (`rows.moving`) brings its whole lines along.
         """
         r = self.rows
         while r.free and (request := self.line.first()) is not None:
             if request.constraint is not None and self._masked_prompts() >= MOST_MASKED_PROMPTS:
                 return None
             tokens = len(request.tokens)
-            needed = self.pages.needed(tokens)
-            room = min(self.pages.count, r.pages.shape[1])
-            if needed > room:
-                self._refuse(
-                    request,
-                    f"request {request.id} needs {needed} pages of {self.pages.page_size} tokens for its {tokens} "
-                    f"tokens, the cache has {room} for one request",
-                )
+            if tokens > self.tables.most_tokens:
+                self._refuse(request, self._too_long(request))
                 continue
-            source, kept = None, self.host.of(request)
+            source, kept = None, self._tokens_on_host(request)
             if self.whole_prompts:
                 to_score = request.prompt_length - 1 - request.prompt_scores.known if request.unscored else 0
                 if to_score > MOST_SCORED:
@@ -102,34 +98,35 @@ class Admission:
                     continue
                 if tokens > left or to_score > scores:
                     return None
-            elif request.family is not None and not len(kept):
+            elif request.family is not None and not kept:
                 source = self._source(request)
                 if source is None and self._is_computing(request):
                     self.line.hold_first_back()
                     continue
             if source is None and request.unscored and not scores:
                 return None
-            found = np.empty(0, np.int32)
+            found = self.tables.nothing
             if source is None or tokens > request.prompt_length:  # it was preempted, and may find its own
-                found = self._find(request, most_found, set() if len(kept) else coming)
+                found = self._find(request, most_found, set() if kept else coming)
                 if found is None:
                     return None
-            if source is not None and len(found) * self.pages.page_size >= request.prompt_length:
+            if source is not None and found.tokens >= request.prompt_length:
                 source = None
             if source is not None:
-                self.pages.give_back(found)
-                found = r.pages[source, : (request.prompt_length - 1) // self.pages.page_size]
-                self.pages.hold(found)
-            if not self.leaves_room(self.pages.free - (needed - len(found))):
-                self.pages.give_back(found)
+                self.tables.give_back(found)
+                found = self.tables.share(source, request.prompt_length - 1)
+            computed = max(found.tokens, kept)
+            found = self.tables.trim(found, computed)
+            free = self.pages.free - self.tables.missing(found, tokens, computed)
+            if not self.leaves_room(free - self.tables.to_come_at_begin(tokens, computed)):
+                self.tables.give_back(found)
                 return None
             self.line.pop()
             row = r.take(request, min(request.total_limit, self.max_tokens + 1))  # the last token needs no position
             self.row_of[request.id] = row
-            r.pages[row, :needed] = np.concatenate([found, self.pages.take(needed - len(found))])
-            r.page_count[row] = needed
-            r.full_pages[row] = len(found)
-            r.computed[row] = max(len(found), len(kept)) * self.pages.page_size
+            self.tables.begin(row, found, tokens, computed)
+            r.full_pages[row] = found.tokens // self.pages.page_size
+            r.computed[row] = computed
             if source is not None:
                 r.stale[row] = r.stale[source]
                 self._fork(source, row)
@@ -138,30 +135,36 @@ class Admission:
             if request.family is not None:
                 request.family.rows.append(row)
             self.looked_up += tokens
-            self.reused += len(found) * self.pages.page_size if source is None else int(r.computed[row])
-            if len(kept) > len(found):
-                r.in_flight[row] = self.host.move_in(row, request, len(found))
+            self.reused += found.tokens
+            if kept > found.tokens:
+                firsts = [found.tokens // group.page_size for group in self.tables.groups]
+                r.in_flight[row] = self.host.move_in(row, request, firsts)
                 r.moving[row] = True
-                return row, needed
+                return row, computed
             self.host.drop(request)
             self._fresh.add(row)
-            return row, 0 if source is None else len(found)
+            return row, 0 if source is None else computed
         return None
 
     def take_forks(self) -> np.ndarray:
-        """The forks of a plan that is complete: int32 `[F, 4]`, a row and a page of it, and the row and page that
-        begin as their copies. The page is the padding page where the shared pages hold all but the last token."""
+        """The forks of a plan that is complete: int32 `[F, 2 + 2 * groups]`, a row and a page of it in each group, and
+        the row and pages that begin as their copies. The page is the padding page where the shared pages hold all but
+        the last token."""
         forks, self._forks = self._forks, []
         self._fresh.clear()
-        return np.array(forks, np.int32).reshape(-1, 4)
+        return np.array(forks, np.int32).reshape(-1, 2 + 2 * len(self.tables.groups))
 
     def leaves_room(self, free: int) -> bool:
         """Whether `free` pages are enough beside the running rows: each that may outgrow its pages will want another
         (its last token needs no place)."""
         r = self.rows
-        if free >= max(r.count - r.free, self.reserve):  # even if all of them do
+        if self.tables.forgets:
+            prompts = np.flatnonzero((r.phase == Phase.RUNNING) & (r.computed < r.prefill))
+            free -= self.tables.to_come(prompts, r.prefill[prompts])
+        if free >= max((r.count - r.free) * len(self.tables.groups), self.reserve):  # even if all of them do
             return True
-        growing = int(((r.phase == Phase.RUNNING) & (r.limit - 1 > r.page_count * self.pages.page_size)).sum())
+        running = np.flatnonzero(r.phase == Phase.RUNNING)
+        growing = self.tables.growing(running, r.limit[running])
         return free >= max(growing, self.reserve if growing else 0)
 
     def note_full_pages(self, row: int) -> None:
@@ -172,9 +175,7 @@ class Admission:
         known = int(r.known[row])
         full = min(known, int(r.computed[row])) // self.pages.page_size
         if full > r.full_pages[row]:
-            extend_keys(request.page_keys, r.tokens[row, :known], self.pages.page_size)
-            for i in range(int(r.full_pages[row]), full):
-                self.pages.fill(int(r.pages[row, i]), request.page_keys[i])
+            self.tables.note_full(row, request.page_keys, r.tokens[row, :known], int(r.full_pages[row]), full)
             r.full_pages[row] = full
 
     def _masked_prompts(self) -> int:
@@ -182,25 +183,43 @@ class Admission:
         r = self.rows
         return int((r.masked & (r.phase == Phase.RUNNING) & (r.computed < r.prefill)).sum())
 
-    def _find(self, request: Request, most: int, coming: set[bytes]) -> np.ndarray | None:
+    def _too_long(self, request: Request) -> str:
+        """Why a request can never be let in."""
+        tokens, page_size = len(request.tokens), self.pages.page_size
+        needed, room = self.tables.layout.pages_at_length(tokens), self.pages.count
+        if tokens > self.tables.columns * page_size:
+            needed, room = self.pages.needed(tokens), min(room, self.tables.columns)
+        return (
+            f"request {request.id} needs {needed} pages of {page_size} tokens for its {tokens} tokens, the cache has "
+            f"{room} for one request"
+        )
+
+    def _tokens_on_host(self, request: Request) -> int:
+        """How many of a request's first tokens have their pages on the host."""
+        columns = self.host.columns(request) if self.host.count else []
+        return columns[0].stop * self.tables.groups[0].page_size if columns else 0
+
+    def _find(self, request: Request, most: int, coming: set[bytes]) -> Found | None:
         """Hold the pages that have what a request begins with; `None` if it is worth waiting for more."""
         if not self.reuse or request.shaping is not None:  # which looks at all tokens, as they are computed
-            return np.empty(0, np.int32)
+            return self.tables.nothing
         page_size = self.pages.page_size
         extend_keys(request.page_keys, request.tokens, page_size)
         # The last token is computed, whose logits are wanted, and so is what has yet to be scored.
         there = request.prompt_scores.known if request.unscored else len(request.tokens) - 1
-        keys = request.page_keys[: min(most, there // page_size)]
-        found = self.pages.find(keys)
-        wanted = keys[len(found) : len(found) + WORTH_WAITING]
-        if len(wanted) == WORTH_WAITING and coming.issuperset(wanted):
-            self.pages.give_back(found)
+        keys = request.page_keys[: min(most // len(self.tables.groups), there // page_size)]
+        found = self.tables.find(keys, len(keys) * page_size)
+        begin, worth_waiting = found.tokens // page_size, max(WORTH_WAITING, self.tables.layout.grain // page_size)
+        wanted = keys[begin : begin + worth_waiting]
+        if len(wanted) == worth_waiting and coming.issuperset(wanted):
+            self.tables.give_back(found)
             return None
         return found
 
     def fork_point(self, request: Request) -> int:
         """Tokens that must have been computed before others of a request's family can begin as its copies. A state is
-        copied before the prompt's last token, whose logits all of them want; pages at any time after."""
+        copied before the prompt's last token, whose logits all of them want; pages at any time after, as long as those
+        that it looks back on are there."""
         return request.prompt_length - 1 if self.states else request.prompt_length
 
     def _source(self, request: Request) -> int | None:
@@ -208,6 +227,7 @@ class Admission:
         r, needed = self.rows, self.fork_point(request)
         for row in request.family.rows:
             there = 0 < r.computed[row] == needed if self.states else r.computed[row] >= needed
+            there = there and self.tables.can_share(row, request.prompt_length - 1)
             if there and row not in self._fresh and not r.moving[row]:
                 return row
         return None
@@ -216,15 +236,18 @@ class Admission:
         """Whether the prompt is being computed by another that can be copied then."""
         r, needed = self.rows, self.fork_point(request)
         return any(
-            r.phase[row] == Phase.RUNNING and (not self.states or r.computed[row] < needed)
+            r.phase[row] == Phase.RUNNING
+            and (r.computed[row] < needed or (not self.states and (r.moving[row] or row in self._fresh)))
             for row in request.family.rows
         )
 
     def _fork(self, source: int, row: int) -> None:
         """Let a row that holds the full pages of the source's prompt begin behind the prompt's last token but one."""
-        r, request = self.rows, self.rows.request[row]
-        shared, rest = divmod(request.prompt_length - 1, self.pages.page_size)
-        pages = (r.pages[source, shared], r.pages[row, shared]) if rest else (Pages.PADDING, Pages.PADDING)
-        self._forks.append((source, pages[0], row, pages[1]))
-        request.page_keys = r.request[source].page_keys[:shared]
-        r.computed[row] = request.prompt_length - 1
+        request, tables = self.rows.request[row], self.tables
+        copied, copies = [], []
+        for g, group in enumerate(tables.groups):
+            shared, rest = divmod(request.prompt_length - 1, group.page_size)
+            copied.append(tables.pages[g, source, shared] if rest else Pages.PADDING)
+            copies.append(tables.pages[g, row, shared] if rest else Pages.PADDING)
+        self._forks.append([source, *copied, row, *copies])
+        request.page_keys = self.rows.request[source].page_keys[: (request.prompt_length - 1) // self.pages.page_size]

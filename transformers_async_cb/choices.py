@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 from transformers import ContinuousBatchingConfig
 
-from .attention import LayerShape
 from .config import AsyncBatchingConfig
 from .gpu import triton_error
+from .groups import PageGroup
 from .model import ModelLoan
 from .runner import row_buckets, token_buckets
 from .settings import THEIR_PAGE_SIZE, EngineSettings, Workload, stated_page_size
@@ -30,7 +29,6 @@ class Choice(NamedTuple):
 def explain(
     settings: EngineSettings,
     loan: ModelLoan,
-    shapes: Collection[LayerShape],
     batching: ContinuousBatchingConfig,
     own: AsyncBatchingConfig,
     workload: Workload,
@@ -38,12 +36,8 @@ def explain(
     """Why `resolve_engine` chose what it did, given the same."""
     cuda = loan.model.device.type == "cuda"
     return [
-        _cache(settings, shapes, batching, workload, cuda),
-        Choice(
-            "pages",
-            f"of {settings.page_size} tokens",
-            "the default" if stated_page_size(batching) == THEIR_PAGE_SIZE else "page_size, as set",
-        ),
+        _cache(settings, batching, workload, cuda),
+        _pages(settings, batching),
         _requests(settings, batching, workload),
         Choice(
             "tokens a step",
@@ -107,20 +101,24 @@ def explain_states(
     ]  # fmt: skip
     if kept.shapes:
         choices[1:1] = [
-            _cache(settings, kept.shapes.values(), batching, workload, cuda), _attention(settings, own, cuda)
+            _cache(settings, batching, workload, cuda), _attention(settings, own, cuda)
         ]  # fmt: skip
     return choices
 
 
 def _cache(
     settings: EngineSettings,
-    shapes: Collection[LayerShape],
     batching: ContinuousBatchingConfig,
     workload: Workload,
     cuda: bool,
 ) -> Choice:
-    tokens = settings.pages * settings.page_size
-    gib = tokens * sum(shape.kept_per_token for shape in shapes) / 2**30
+    layout = settings.layout
+    gib = settings.pages * layout.page_bytes / 2**30
+    room = f"{layout.capacity(settings.pages, settings.max_tokens):,} tokens"
+    spans = [group.window or group.chunk for group in layout.groups if not group.keeps_all]
+    if spans:
+        short = layout.capacity(settings.pages, min(spans))
+        room += f" in requests of {settings.max_tokens:,}, {short:,} in those of {min(spans):,}"
     if batching.num_blocks is not None:
         reason = "num_blocks, as set"
     elif settings.pages < settings.page_limit:
@@ -130,7 +128,19 @@ def _cache(
     else:
         share = (0.9 if cuda else 0.5) if batching.max_memory_percent is None else batching.max_memory_percent
         reason = f"{share:.0%} of the free memory"
-    return Choice("cache", f"{tokens:,} tokens, {gib:.2f} GiB", reason)
+    return Choice("cache", f"{room}, {gib:.2f} GiB", reason)
+
+
+def _pages(settings: EngineSettings, batching: ContinuousBatchingConfig) -> Choice:
+    sizes = [f"{group.page_size} tokens{_of_group(group)}" for group in settings.layout.groups]
+    reason = "the default" if stated_page_size(batching) == THEIR_PAGE_SIZE else "page_size, as set"
+    return Choice("pages", f"of {' or '.join(sizes)}", reason)
+
+
+def _of_group(group: PageGroup) -> str:
+    if group.keeps_all:
+        return ""
+    return " in layers with " + (f"a window of {group.window:,}" if group.window else f"chunks of {group.chunk:,}")
 
 
 def _requests(settings: EngineSettings, batching: ContinuousBatchingConfig, workload: Workload) -> Choice:

@@ -16,6 +16,7 @@ from . import __version__, bench
 from .choices import Choice, explain
 from .config import AsyncBatchingConfig
 from .gpu import starts_early, triton_error
+from .groups import PageGroup
 from .model import ModelLoan
 from .settings import Workload, resolve_engine
 
@@ -34,7 +35,7 @@ class Finding(NamedTuple):
 class Capacity(NamedTuple):
     """What the cache of an engine for this model would hold, with all the memory that it may take."""
 
-    tokens: int
+    tokens: int  # of requests of a length
     rows: int  # requests at once, at most
     choices: list[Choice]
 
@@ -107,17 +108,17 @@ def about(model: PreTrainedModel, name: str) -> list[Finding]:
     ]
 
 
-def capacity(model: PreTrainedModel) -> Capacity:
-    """Raises `ValueError` for a model that the engine does not run, or that leaves no room for a cache."""
+def capacity(model: PreTrainedModel, length: int) -> Capacity:
+    """For requests of `length` tokens. Raises `ValueError` for a model that the engine does not run, or that leaves no
+    room for a cache."""
     loan, batching, own, workload = ModelLoan(model), ContinuousBatchingConfig(), AsyncBatchingConfig(), Workload()
     loan.borrow()
     try:
-        shapes = loan.probe().values()
-        settings = resolve_engine(loan, shapes, batching, own, workload)
+        settings = resolve_engine(loan, loan.probe(), batching, own, workload)
     finally:
         loan.give_back()
-    choices = explain(settings, loan, shapes, batching, own, workload)
-    return Capacity(settings.pages * settings.page_size, settings.rows, choices)
+    choices = explain(settings, loan, batching, own, workload)
+    return Capacity(settings.layout.capacity(settings.pages, length), settings.rows, choices)
 
 
 def measure(
@@ -143,8 +144,8 @@ def measure(
         rates = bench.measure_rates(model.device, model.dtype)
         cost = bench.ModelCost.of(model)
 
-        def looks(window: int | None) -> int:
-            return requests * (context if window is None else min(window, context))
+        def looks(kept: PageGroup) -> int:
+            return requests * int(kept.seen(context - 1))
 
         limit = cost.seconds(rates, requests, requests, looks, new=False) * 1e3
     return Measurement(requests, context, on, off, limit)

@@ -26,6 +26,7 @@ from .scheduler import Plan, Scheduler
 from .sequential import Opening, SequentialRunner
 from .settings import EngineSettings, Mode, Workload
 from .states import Kept, StateRunner
+from .tables import PageTables
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -70,17 +71,18 @@ class Engine:
         self._form = loan.form()
         self._loan = loan
         self.depth = Lanes.DEPTH if settings.overlap else 1
-        rows = Rows(settings.rows, settings.columns, settings.logprobs)
-        pages = Pages(settings.pages, settings.page_size)
+        rows = Rows(settings.rows, settings.logprobs)
+        pool = Pages(settings.pages, settings.page_size)
+        tables = PageTables(settings.rows, settings.columns, settings.layout, pool)
         self.scheduler = Scheduler(
-            rows, pages, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse,
+            rows, tables, settings.token_budget, settings.max_tokens, settings.reserve, settings.reuse,
             settings.host_pages, settings.whole_prompts, states=settings.mode in (Mode.HYBRID, Mode.STATES),
         )  # fmt: skip
         self.runner = RUNNERS[settings.mode](loan, found, rows, settings)
         self.lanes = Lanes(self.runner.device, self.runner.words_in, self.runner.words_out, settings.debug)
         self.copies: PageCopies | None = None
         if settings.host_pages:
-            self.copies = PageCopies(self.lanes, self.runner, self.scheduler.host)
+            self.copies = PageCopies(self.lanes, self.runner, tables, self.scheduler.host)
         self._weights: tuple | None = None
         self.warm = not (settings.compiled or settings.graphs)  # or there is nothing to warm up
         self._warm_up_tokens = (0, 0)  # when a warm-up began, and when it will be done
@@ -117,7 +119,7 @@ class Engine:
         if self.warm:
             return
         s, new_tokens, draw = self.settings, 4, np.random.default_rng(0)
-        room = min(s.max_tokens, s.pages // s.rows * s.page_size) - new_tokens
+        room = min(s.max_tokens, s.pages // (s.rows * len(s.layout.groups)) * s.page_size) - new_tokens
         length = max(1, min((s.whole_prompts or s.token_budget) // min(s.rows, MOST_FRESH), room))
         passes = 2
         done = self.meter.tokens_out

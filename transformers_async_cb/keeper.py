@@ -116,8 +116,8 @@ class EngineKeeper:
         loan, configs = self.loan, (self._batching, self.own, workload)
         if self.mode is Mode.PAGES:
             found = loan.probe()
-            settings = resolve_engine(loan, found.values(), *configs)
-            self.choices = explain(settings, loan, found.values(), *configs)
+            settings = resolve_engine(loan, found, *configs)
+            self.choices = explain(settings, loan, *configs)
         elif self.mode is Mode.SEQUENCES:
             found = Opening(loan.model)
             found.try_out()

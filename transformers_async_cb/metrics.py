@@ -50,7 +50,7 @@ class Metrics:
         finished (`int`): requests that ended with all their tokens.
         failed (`int`): requests that ended with an error.
         pages_used (`int`), pages (`int`), page_size (`int`): pages of the cache that requests hold, all there are, and
-            the tokens of one.
+            the tokens of one (where layers differ in what they keep, of one of those with the most bytes a token).
         looked_up (`int`): tokens of the requests that were let in.
         found (`int`): of those, tokens whose keys and values were in the cache already.
         tokens_in (`int`): tokens of prompts that were computed.

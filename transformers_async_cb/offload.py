@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from .request import Request
 
 if TYPE_CHECKING:
     from .runner import Runner
+    from .tables import PageTables
 
 # Tokens of one copy: many enough for the full rate, few enough that a request's pages return to the pool bit by bit.
 MOVE_TOKENS = 512
@@ -33,6 +34,14 @@ class Move(NamedTuple):
     row: int
     out: bool
     first: int  # column of the row's page table
+    host_pages: np.ndarray  # int64 [pages]
+    group: int = 0  # which of the row's page tables
+
+
+class _Kept(NamedTuple):
+    """Pages of one of a request's page tables."""
+
+    first: int  # column
     host_pages: np.ndarray  # int64 [pages]
 
 
@@ -53,7 +62,7 @@ class HostPages:
         self.pages_a_move = max(1, MOVE_TOKENS // page_size)
         self.under_way = 0  # moves that have not landed
         self._free = np.ones(count, bool)
-        self._of: dict[Request, np.ndarray] = {}
+        self._of: dict[Request, list[_Kept]] = {}
         self._moves: list[Move] = []
         self._copying = self._computing = math.inf  # seconds a token
 
@@ -67,22 +76,43 @@ class HostPages:
         return 2 * self._copying < self._computing
 
     def of(self, request: Request) -> np.ndarray:
-        """Host pages with the first pages of a request: int64 `[pages]`."""
-        return self._of.get(request, np.empty(0, np.int64))
+        """Host pages with what a request begins with: int64 `[pages]`, of one page table after the other."""
+        return np.concatenate([kept.host_pages for kept in self._of.get(request, [])] or [np.empty(0, np.int64)])
 
-    def move_out(self, row: int, request: Request, count: int) -> int:
-        """Let the first `count` pages of a row move out, or as many of them as there is room for. The last go first,
-        so that what is left in the cache are always the first. Returns how many moves that takes."""
-        taken = np.flatnonzero(self._free)[:count]
+    def columns(self, request: Request) -> list[range]:
+        """Where those belong, in each of its page tables."""
+        return [range(kept.first, kept.first + len(kept.host_pages)) for kept in self._of.get(request, [])]
+
+    def move_out(self, row: int, request: Request, columns: Sequence[range]) -> int:
+        """Let these pages of a row move out, of each of its page tables; of a single one that has all, as many of the
+        first as there is room for. The last go first, so that what is left in the cache are always the first. Returns
+        how many moves that takes."""
+        wanted = sum(map(len, columns))
+        taken = np.flatnonzero(self._free)[:wanted]
         if not self.cheaper or not len(taken):
             return 0
+        if len(taken) < wanted and (len(columns) > 1 or columns[0].start > 0):  # which are of use only together
+            return 0
         self._free[taken] = False
-        self._of[request] = taken
-        return self._announce(reversed([*self._split(row, True, 0, taken)]))
+        parts = np.split(taken, np.cumsum([len(of_group) for of_group in columns])[:-1])
+        kept = [_Kept(of_group.start, part) for of_group, part in zip(columns, parts, strict=True)]
+        self._of[request] = kept
+        return self._announce(
+            move
+            for group, (first, host_pages) in enumerate(kept)
+            for move in reversed([*self._split(row, True, first, host_pages, group)])
+        )
 
-    def move_in(self, row: int, request: Request, first: int) -> int:
-        """Let host pages of a request move in, to a row's pages from column `first` on. Returns how many moves."""
-        return self._announce(self._split(row, False, first, self._of[request][first:]))
+    def move_in(self, row: int, request: Request, firsts: Sequence[int]) -> int:
+        """Let host pages of a request move in, to a row's pages from these columns of its page tables on. Returns how
+        many moves."""
+        return self._announce(
+            move
+            for group, (first, kept) in enumerate(zip(firsts, self._of[request], strict=True))
+            for move in self._split(
+                row, False, max(first, kept.first), kept.host_pages[max(0, first - kept.first) :], group
+            )
+        )
 
     def take_moves(self) -> list[Move]:
         """Moves announced since the last call, for whoever makes them."""
@@ -91,7 +121,8 @@ class HostPages:
 
     def drop(self, request: Request) -> None:
         """A request needs its host pages no more, and none of them is on its way."""
-        self._free[self._of.pop(request, [])] = True
+        for kept in self._of.pop(request, []):
+            self._free[kept.host_pages] = True
 
     def forget(self) -> None:
         """What host pages hold is worth nothing any more, as the model has changed. None of them may be on its way."""
@@ -104,9 +135,9 @@ class HostPages:
     def note_computed(self, tokens: int, seconds: float) -> None:
         self._computing = min(self._computing, seconds / tokens)
 
-    def _split(self, row: int, out: bool, first: int, host_pages: np.ndarray) -> Iterator[Move]:
+    def _split(self, row: int, out: bool, first: int, host_pages: np.ndarray, group: int) -> Iterator[Move]:
         for i in range(0, len(host_pages), self.pages_a_move):
-            yield Move(row, out, first + i, host_pages[i : i + self.pages_a_move])
+            yield Move(row, out, first + i, host_pages[i : i + self.pages_a_move], group)
 
     def _announce(self, moves: Iterable[Move]) -> int:
         before = len(self._moves)
@@ -121,7 +152,7 @@ class _Way:
     def __init__(self, lane: Lane, staging: torch.Tensor, storages: list[torch.Tensor]) -> None:
         self.lane = lane
         self.staging = staging  # uint8 [pages, bytes]
-        self.parts: list[torch.Tensor] = []  # of it, for each storage: [pages, page_size, kv_heads, dim]
+        self.parts: list[torch.Tensor] = []  # of it, for each storage: [pages, values]
         at = 0
         for storage in storages:
             part = staging[:, at : at + storage[0].nbytes].view(storage.dtype)
@@ -153,7 +184,7 @@ class PageCopies:
     | in: pages, line      | written when the steps that read them last (a    | pages-in waits for compute as it was |
     |                      | fork may, of an owner that has left) are done    | when the pages were taken            |
     | the same             | read when the scatter is done                    | no plan or fork before it has landed |
-    | in: `rows.pages`     | rewritten when the copy that read it is done     | only planned rows get more pages     |
+    | in: `tables.pages`   | rewritten when the copy that read it is done     | only planned rows get more pages     |
     | staging              | rewritten when the move that used it is done     | one a lane, in the lane's own order  |
     | host pages           | read when the move out is done                   | in line only when all have landed    |
     | the same             | rewritten when the moves in are done             | dropped only when all have landed    |
@@ -163,20 +194,21 @@ class PageCopies:
 
     Args:
         lanes (`Lanes`): those of the steps; the two for pages join them.
-        runner (`Runner`): has the cache and the page table; the lines in its rows move to pinned memory.
+        runner (`Runner`): has the cache and the page tables.
+        tables (`PageTables`): the rows' lines of these, which move to pinned memory.
         books (`HostPages`): says what to move, and is told how long it took.
     """
 
-    def __init__(self, lanes: Lanes, runner: Runner, books: HostPages) -> None:
+    def __init__(self, lanes: Lanes, runner: Runner, tables: PageTables, books: HostPages) -> None:
         self._lanes = lanes
         self._runner = runner
-        self._page_table = runner.page_table
+        self._page_tables = runner.page_tables
         self._books = books
-        rows, storages = runner.rows, runner.storages()
+        storages = runner.storages
         page_bytes = sum(_aligned(storage[0].nbytes) for storage in storages)
         pinned = lanes.device.type == "cuda"
-        self._lines = torch.zeros(rows.pages.shape, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        rows.pages = self._lines.numpy()
+        self._lines = torch.zeros(tables.pages.shape, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        tables.pages = self._lines.numpy()
         self._block_pages = max(1, BLOCK_BYTES // page_bytes)
         self._blocks = [
             torch.empty(
@@ -229,7 +261,7 @@ class PageCopies:
     def _measure(self, rounds: int = 3) -> None:
         """Copy the padding page, which is all that the page table has yet, out and back onto itself. The first copies
         load kernels; being slow, they do not count."""
-        host_pages = np.arange(min(self._books.pages_a_move, self._books.count, self._page_table.shape[1]))
+        host_pages = np.arange(min(self._books.pages_a_move, self._books.count, self._page_tables.shape[2]))
         for out in (True, False) * rounds:
             self.send([Move(0, out, 0, host_pages)])
             self.wait()
@@ -237,22 +269,23 @@ class PageCopies:
 
     def _copy_out(self, move: Move) -> None:
         pages = self._pages(move)
-        for storage, part in zip(self._runner.storages(), self._out.parts, strict=True):
+        for storage, part in zip(self._runner.storages, self._out.parts, strict=True):
             torch.index_select(storage, 0, pages, out=part[: len(pages)])
         for on_host, staged in self._pieces(move, self._out):
             on_host.copy_(staged, non_blocking=True)
 
     def _copy_in(self, move: Move) -> None:
-        self._page_table[move.row].copy_(self._lines[move.row], non_blocking=True)
+        for on_device, lines in zip(self._page_tables, self._lines, strict=True):
+            on_device[move.row].copy_(lines[move.row], non_blocking=True)
         for on_host, staged in self._pieces(move, self._in):
             staged.copy_(on_host, non_blocking=True)
         pages = self._pages(move)
-        for storage, part in zip(self._runner.storages(), self._in.parts, strict=True):
+        for storage, part in zip(self._runner.storages, self._in.parts, strict=True):
             storage.index_copy_(0, pages, part[: len(pages)])
 
     def _pages(self, move: Move) -> torch.Tensor:
         """Numbers of a move's pages in the cache: int64 `[pages]`, on the device."""
-        return self._page_table[move.row, move.first : move.first + len(move.host_pages)].long()
+        return self._page_tables[move.group, move.row, move.first : move.first + len(move.host_pages)].long()
 
     def _pieces(self, move: Move, way: _Way) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Host pages that lie together, and where they are staged."""

@@ -62,6 +62,10 @@ class Pages:
             self._idle[page] = None
         self._push(left[np.logical_not(known)])
 
+    def known(self, keys: list[bytes]) -> int:
+        """How many of the first keys are known."""
+        return next((i for i, key in enumerate(keys) if key not in self._page_of), len(keys))
+
     def find(self, keys: list[bytes]) -> np.ndarray:
         """Hold the pages of the first keys that are known: int32 `[pages]`, for whoever gives them back."""
         found = []

@@ -7,6 +7,7 @@ from .inputs import SPARE_CELLS
 from .logprobs import MOST_SCORED
 from .request import MOST_FRESH, Rows
 from .scoring import Scoring
+from .tables import PageTables
 
 
 class Prefill:
@@ -15,32 +16,33 @@ class Prefill:
     A prompt takes at most half of it while others want some, so that a long one holds nobody up.
 
     Args:
-        rows (`Rows`): the running requests.
+        rows (`Rows`), tables (`PageTables`): the books.
         admission (`Admission`): lets others in.
         scoring (`Scoring`): says how many log-probabilities a chunk needs.
-        page_size (`int`): tokens a page holds.
         whole_prompts (`int`): 0 to cut prompts; otherwise they are computed in one piece, several in a step if they
             have no more tokens than that.
     """
 
     def __init__(
-        self, rows: Rows, admission: Admission, scoring: Scoring, page_size: int, whole_prompts: int = 0
+        self, rows: Rows, tables: PageTables, admission: Admission, scoring: Scoring, whole_prompts: int = 0
     ) -> None:
         self.under_way: list[int] = []  # rows, in the order they were let in
         self._restored: set[int] = set()  # of those, whose parameters the device has not been told of
         self._rows = rows
+        self._tables = tables
         self._admission = admission
         self._scoring = scoring
-        self._page_size = page_size
         self._whole_prompts = whole_prompts
 
     def chunks(self, budget: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
         """`(row, tokens)` of the prompts that go on or begin in a step with room for `budget` tokens; and the rows
-        that begin, with the first column of the page table that the device must be told."""
-        r = self._rows
+        that begin, with the first of their tokens whose pages the device must be told of. A prompt that finds no page
+        for its next tokens waits, and lets nobody in."""
+        r, tables = self._rows, self._tables
         counts: list[int] = []
         fresh: dict[int, int] = {}
         spare, share, left, scores = SPARE_CELLS, max(1, budget // 2), budget, MOST_SCORED
+        stalled = False
         if self._whole_prompts:
             share = left
         coming: set[bytes] = set()
@@ -49,6 +51,8 @@ class Prefill:
             coming.update(*(r.request[row].page_keys[r.full_pages[row] :] for row in offering))
         while left > 0:
             if len(counts) == len(self.under_way):
+                if stalled:
+                    break
                 room = min(left, self._whole_prompts - (budget - left)) if self._whole_prompts and counts else left
                 admitted = self._admission.admit(spare, coming, room, scores) if len(fresh) < MOST_FRESH else None
                 if admitted is None:
@@ -59,25 +63,28 @@ class Prefill:
                 fresh[row] = first
                 self.under_way.append(row)
                 coming.update(r.request[row].page_keys)
-                spare -= int(r.computed[row]) // self._page_size - first
+                spare -= tables.to_tell(row, first, int(r.computed[row]))
             row = self.under_way[len(counts)]
-            count = min(self._rest(row), share, left)
+            count = tables.within(row, int(r.computed[row]), min(self._rest(row), share, left))
+            stalled |= count == 0
             count, to_score = self._scoring.within(row, count, scores if self._whole_prompts else -(-scores // 2))
             counts.append(count)
             left -= count
             scores -= to_score
         chunks = []
         for row, count in zip(self.under_way, counts, strict=False):  # what nobody else wants
-            most = min(self._rest(row), count + left)
+            start = int(r.computed[row])
+            most = tables.within(row, start, min(self._rest(row), count + left))
             to_score = self._scoring.within(row, count, MOST_SCORED)[1]
             most, all_to_score = self._scoring.within(row, most, to_score + scores)
             left -= most - count
             scores -= all_to_score - to_score
             if most:
                 chunks.append((row, most))
+                tables.extend(row, start + most)
                 if row in self._restored:
                     self._restored.remove(row)
-                    fresh[row] = int(r.page_count[row])
+                    fresh[row] = start
         done = {row for row, count in chunks if r.computed[row] + count == r.prefill[row]}
         self.under_way = [row for row in self.under_way if row not in done]
         return chunks, fresh

@@ -184,11 +184,10 @@ class Rows:
 
     Args:
         count (`int`): rows there are.
-        columns (`int`): pages one row can hold.
         with_logprobs (`bool`): keep one log-probability a token.
     """
 
-    def __init__(self, count: int, columns: int, with_logprobs: bool) -> None:
+    def __init__(self, count: int, with_logprobs: bool) -> None:
         self.count = count
         self.phase = np.zeros(count, np.int8)
         self.arrival = np.zeros(count, np.int64)
@@ -217,10 +216,8 @@ class Rows:
         self.texts: TokenTexts | None = None  # what tokens add to a text, once a request has stop strings
         self.time_up = np.zeros(count, np.float64)  # the token that comes after it is the last, `time.perf_counter`
         self.asks = np.zeros(count, bool)  # criteria of the user's
-        self.page_count = np.zeros(count, np.int64)
-        self.full_pages = np.zeros(count, np.int64)  # the first so many others may find
+        self.full_pages = np.zeros(count, np.int64)  # the first so many (of the smallest size) others may find
         self.stale = np.zeros(count, bool)  # its pages hold what the model, as it is now, would not compute
-        self.pages = np.zeros((count, columns), np.int32)
         self.tokens = np.zeros((count, 64), np.int32)
         self.logprobs = np.zeros((count, 64), np.float32) if with_logprobs else None
         self.timestamps: np.ndarray | None = None  # made when a request first asks for them
@@ -241,7 +238,7 @@ class Rows:
         self.arrival[row] = request.arrival
         self.priority[row] = request.priority
         self.prefill[row] = self.known[row] = self.total[row] = known
-        self.computed[row] = self.page_count[row] = self.full_pages[row] = self.in_flight[row] = 0
+        self.computed[row] = self.full_pages[row] = self.in_flight[row] = 0
         self.limit[row] = limit
         self.stale[row] = False
         self.prompt_length[row] = request.prompt_length

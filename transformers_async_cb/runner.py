@@ -28,10 +28,6 @@ from .settings import EngineSettings
 logger = logging.get_logger(f"transformers.{__name__}")
 
 
-# Words of a fork: see `Admission.take_forks`.
-FORK_WORDS = 4
-
-
 def row_buckets(largest: int) -> list[int]:
     """2, 4, 8, then in steps of an eighth of the power of two below, at least 8. Not 1, which compiles differently."""
     sizes, size = [], 2
@@ -67,7 +63,8 @@ class Runner:
         self.loan = loan
         self.device = loan.model.device
         self.rows = rows
-        self.page_size = settings.page_size
+        self.layout = settings.layout
+        self.page_sizes = [group.page_size for group in self.layout.groups]
         self.with_logprobs = settings.logprobs
         self.pads = self.device.type == "cuda"
         self.backend = settings.backend
@@ -88,14 +85,15 @@ class Runner:
         most_scored = min(MOST_SCORED, settings.token_budget)
         every = Flavour(shaped=True, masked=True, truncated=rows.count, ranked=True, scored=most_scored)
         words = self.words(StepKey(largest, every))
-        self.words_in = words + min(rows.count, MOST_FRESH) * FORK_WORDS
+        self.fork_words = 2 + 2 * len(self.page_sizes)  # see `Admission.take_forks`
+        self.words_in = words + min(rows.count, MOST_FRESH) * self.fork_words
         self.parts_out = 2 if self.with_logprobs else 1  # ids, their log-probabilities
         self.words_out = rows.count * self.parts_out + largest.entries(every) * RANKED_WORDS
-        columns = rows.pages.shape[1]
         on_device = {"dtype": torch.int32, "device": self.device}
         self.static_in = torch.zeros(words, **on_device)
         self.static_out = torch.zeros(self.words_out, **on_device)
-        self.page_table = torch.full((rows.count + 1, columns), Pages.PADDING, **on_device)
+        tables = (len(self.page_sizes), rows.count + 1, settings.columns)
+        self.page_tables = torch.full(tables, Pages.PADDING, **on_device)
         self.last_tokens = torch.zeros(rows.count + 1, **on_device)
         self.parameters = torch.zeros(rows.count + 1, PARAMETER_WORDS, **on_device)
         self.tables: Tables | None = None  # made when a request first shapes its logits
@@ -105,6 +103,7 @@ class Runner:
         self._pages = settings.pages
         self._debug = settings.debug
         self.layers: dict[Place, PagedLayer] = {}
+        self.storages: list[torch.Tensor] = []  # the pages of all layers: [pages, values]
         self.take_pages()
         self._baked_in: list = []
 
@@ -112,30 +111,34 @@ class Runner:
         """Allocate the pages, if they are not there."""
         if self.layers:
             return
-        layers: dict[Place, PagedLayer] = {}
-        for place, layer in self._shapes.items():
-            layers[place] = self._new_layer(layer) if layer.source is None else layers[layer.source]
-        self.layers = layers
-        for storage in self.storages():
+        for slot in self.layout.slots:
+            for size in (slot.key_bytes, slot.value_bytes):
+                shape = (self._pages + 1, size // slot.dtype.itemsize)
+                self.storages.append(torch.empty(shape, dtype=slot.dtype, device=self.device))
+        for storage in self.storages:
             if self._debug:
                 storage.fill_(torch.nan)
             storage[Pages.PADDING] = 0
-
-    def storages(self) -> list[torch.Tensor]:
-        """The pages of keys and of values of all layers: those that layers share, once."""
-        return list({id(storage): storage for layer in self.layers.values() for storage in layer}.values())
+        for place, layer in self._shapes.items():
+            self.layers[place] = self._layer(place, layer) if layer.source is None else self.layers[layer.source]
 
     def release_pages(self) -> None:
         """Free the pages, and what was captured, which points into them. The model must be given back."""
         self.layers.clear()
+        self.storages.clear()
         self.graphs.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the memory of graphs is nobody else's until then
 
-    def _new_layer(self, layer: LayerShape) -> PagedLayer:
-        like = {"dtype": layer.dtype, "device": self.device}
-        size = (self._pages + 1, self.page_size, layer.kv_heads)
-        return PagedLayer(*(torch.empty(*size, dim, **like) for dim in (layer.key_dim, layer.value_dim)))
+    def _layer(self, place: Place, layer: LayerShape) -> PagedLayer:
+        at = self.layout.stored[place]
+        size = (self._pages + 1, self.page_sizes[at.group], layer.kv_heads)
+        keys, values = self.storages[2 * at.slot : 2 * at.slot + 2]
+        return PagedLayer(
+            _part(keys, at.key_offset, (*size, layer.key_dim), layer.dtype),
+            _part(values, at.value_offset, (*size, layer.value_dim), layer.dtype),
+            at.group,
+        )
 
     def attach(self) -> bool:
         """Give the model's layers their pages. Weights that have moved since the last time, hooks that have come or
@@ -180,7 +183,7 @@ class Runner:
 
     def words(self, key: StepKey) -> int:
         """Of the packed inputs of a step."""
-        return key.bucket.words(self.page_size, self.programs, self.mask_words, key.flavour)
+        return key.bucket.words(self.page_sizes, self.programs, self.mask_words, key.flavour)
 
     def words_back(self, plan: Plan, key: StepKey) -> int:
         """Of what comes back from a step: ids, their log-probabilities, answers of `rank`."""
@@ -196,7 +199,7 @@ class Runner:
         return out[:sequences], logprobs, ranked
 
     def arrays(self, key: StepKey, buffer: np.ndarray | torch.Tensor) -> StepArrays:
-        return StepArrays.of(buffer, key.bucket.sizes(self.page_size, self.programs, self.mask_words, key.flavour))
+        return StepArrays.of(buffer, key.bucket.sizes(self.page_sizes, self.programs, self.mask_words, key.flavour))
 
     def stage(self, plan: Plan, key: StepKey, buffer: np.ndarray) -> None:
         """Write a plan's packed inputs into a pinned buffer, padding included, and its forks behind them."""
@@ -231,7 +234,7 @@ class Runner:
         a.stores[:sequences] = np.where(plan.samples, plan.rows, padding)
         a.stores[sequences:] = padding
         a.cells[: len(plan.cells)] = plan.cells
-        a.cells[len(plan.cells) :] = padding * r.pages.shape[1]
+        a.cells[len(plan.cells) :] = padding * self.page_tables.shape[2]
         a.pages[: len(plan.pages)] = plan.pages
         a.pages[len(plan.pages) :] = Pages.PADDING
         a.fresh[: len(plan.fresh)] = plan.fresh
@@ -314,24 +317,24 @@ class Runner:
         words = self.words(key)
         self.static_in[:words].copy_(slot.device_in[:words], non_blocking=True)
         if forks:
-            self._fork(*slot.device_in[words : words + forks * FORK_WORDS].view(forks, FORK_WORDS).unbind(1))
+            self._fork(*slot.device_in[words : words + forks * self.fork_words].view(forks, 2, -1).unbind(1))
 
-    def _fork(
-        self, from_rows: torch.Tensor, from_pages: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor
-    ) -> None:
+    def _fork(self, sources: torch.Tensor, copies: torch.Tensor) -> None:
         """Let rows begin with the page tables and tokens of others, and pages with the contents of others. Not part of
         a captured step: few have forks."""
-        self.page_table[rows] = self.page_table[from_rows]
+        from_rows, rows = sources[:, 0], copies[:, 0]
+        from_pages, pages = sources[:, 1:].flatten(), copies[:, 1:].flatten()
+        self.page_tables[:, rows] = self.page_tables[:, from_rows]
         if self.tables is not None:
             self.tables.history[rows] = self.tables.history[from_rows]
-        for storage in self.storages():
+        for storage in self.storages:
             storage[pages] = storage[from_pages]
 
     def step(self, key: StepKey, slot: Slot, words_back: int, calls: list[Call]) -> None:
         """Compute the step whose inputs were taken; what comes back goes to the slot's `device_out`. With `calls` it
         is not captured: nobody knows what they do."""
         if key.flavour.shaped and self.tables is None:
-            self.tables = Tables.of(self.rows.count, self.page_table.shape[1] * self.page_size, self.device)
+            self.tables = Tables.of(self.rows.count, self.page_tables.shape[2] * min(self.page_sizes), self.device)
         if calls or not self.captures(key):
             self._compute_uncaptured(key, calls)
         else:
@@ -374,7 +377,7 @@ class Runner:
     def _compute(self, key: StepKey, calls: list[Call] | None = None) -> None:
         a = self.arrays(key, self.static_in)
         tables = self.tables if key.flavour.shaped else None
-        ids, positions, last = unpack(a, self.page_table, self.parameters, self.last_tokens, tables)
+        ids, positions, last = unpack(a, self.page_tables, self.parameters, self.last_tokens, tables)
         keep = torch.cat([last, a.scored.long()]) if key.flavour.scored else last
         raw = self._forward(key, a, ids, positions, keep)
         rows, flavour = key.bucket.rows, key.flavour
@@ -403,11 +406,14 @@ class Runner:
         self, key: StepKey, a: StepArrays, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
         """Logits of the packed tokens at `keep`, which begins with the last of each sequence: `[kept, V]`."""
-        step = Step(
-            self.page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
-            self.counters, key.bucket.decode_only,
-        )  # fmt: skip
-        with computing(step, self.backend):
+        steps = [
+            Step(
+                page_table, a.token_rows, a.positions, a.rows, a.query_starts, a.lengths, a.counts, a.work,
+                self.counters, key.bucket.decode_only,
+            )
+            for page_table in self.page_tables
+        ]  # fmt: skip
+        with computing(steps, self.backend):
             return self.loan.forward(ids[None], positions[None], keep)
 
     def rest(self) -> None:
@@ -416,5 +422,14 @@ class Runner:
     def poison(self, pages: np.ndarray) -> None:
         """Fill pages that nobody holds with NaN."""
         index = torch.from_numpy(pages).to(self.device)
-        for storage in self.storages():
+        for storage in self.storages:
             storage[index] = torch.nan
+
+
+def _part(storage: torch.Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """One layer's part of each page: `[pages, page_size, kv_heads, dim]`, from byte `offset` of a page on. As a tensor
+    that begins where its memory does, and is nobody's view: a compiler would look at either."""
+    strides = (storage[0].nbytes // dtype.itemsize, shape[2] * shape[3], shape[3], 1)
+    memory = storage.untyped_storage()
+    memory = memory[offset:] if offset else memory
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(memory, 0, shape, strides)

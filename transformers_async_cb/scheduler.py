@@ -12,10 +12,10 @@ from .admission import Admission
 from .endings import Endings
 from .line import Line
 from .offload import HostPages, Move
-from .pages import Pages
 from .prefill import Prefill
 from .request import MOST_MASKED, MOST_MASKED_PROMPTS, Phase, Request, Rows
 from .scoring import Scoring
+from .tables import PageTables
 
 
 class Plan(NamedTuple):
@@ -27,9 +27,9 @@ class Plan(NamedTuple):
     samples: np.ndarray  # bool [S] whether the last token's logits become a token
     decodes: int  # the first so many rows decode: their one token is on the device
     fresh: list[int]  # rows that begin with this step, all among `rows`
-    cells: np.ndarray  # int64 [P] entries of the flat page table that change
+    cells: np.ndarray  # int64 [P] entries of the flat page tables that change
     pages: np.ndarray  # int32 [P] what they become
-    forks: np.ndarray  # int32 [F, 4] row and page that a row and page begin as copies of, see `Admission.take_forks`
+    forks: np.ndarray  # int32 [F, words] rows and pages that others begin as copies of, see `Admission.take_forks`
     sampled: bool  # a row samples rather than takes the largest logit
     filtered: bool  # a row samples with top-k, top-p or min-p
     shaped: bool  # something is done to the logits of a row
@@ -54,13 +54,14 @@ class Scheduler:
     within one, first come, first served. A row that a grammar narrows down skips each step that is planned before its
     last token is known.
 
-    A request is admitted when all its tokens so far have pages. When a decoding row finds no page, the last in line is
-    preempted: it gives its pages back after its last step and is computed again later. Where there are host pages and
-    that is cheaper, its full pages are copied there first, and back later. The first is never preempted, so a pool
-    that fits one request finishes them all.
+    A request is admitted when all its tokens so far have pages (where old ones are given back on the way, as many as
+    it holds at once). When a decoding row finds no page, or a prompt finds none while nothing decodes, the last in
+    line is preempted: it gives its pages back after its last step and is computed again later. Where there are host
+    pages and that is cheaper, its full pages are copied there first, and back later. The first is never preempted, so
+    a pool that fits one request finishes them all.
 
     Args:
-        rows (`Rows`), pages (`Pages`): the books.
+        rows (`Rows`), tables (`PageTables`): the books.
         token_budget (`int`): tokens one step may hold, at least the number of rows.
         max_tokens (`int`): positions one request may use.
         reserve (`float`): share of the pages that admission leaves free while anything runs.
@@ -74,7 +75,7 @@ class Scheduler:
     def __init__(
         self,
         rows: Rows,
-        pages: Pages,
+        tables: PageTables,
         token_budget: int,
         max_tokens: int,
         reserve: float = 0.0,
@@ -84,18 +85,19 @@ class Scheduler:
         states: bool = False,
     ) -> None:
         self.rows = rows
-        self.pages = pages
-        self.host = HostPages(host_pages, pages.page_size)
+        self.tables = tables
+        self.pages = tables.pool
+        self.host = HostPages(host_pages, self.pages.page_size)
         self.token_budget = token_budget
         self.max_tokens = max_tokens
         self.line = Line()
         self.row_of: dict[str, int] = {}  # of requests that have a row, and no result yet
         self.admission = Admission(
-            self.line, rows, self.row_of, pages, self.host, max_tokens, int(reserve * pages.count), reuse,
+            self.line, rows, self.row_of, tables, self.host, max_tokens, int(reserve * self.pages.count), reuse,
             whole_prompts > 0, states, refuse=self._refuse,
         )  # fmt: skip
         self._scoring = Scoring(rows)
-        self._prefill = Prefill(rows, self.admission, self._scoring, pages.page_size, whole_prompts)
+        self._prefill = Prefill(rows, tables, self.admission, self._scoring, whole_prompts)
         self._endings = Endings(rows, max_tokens)
         self._next_masked = 0  # row whose turn it is, where a step has no room for all masks
         self.preemptions = 0
@@ -171,10 +173,15 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, or `None` when nothing can run before a step retires or a request comes."""
         self._end_what_is_late(time.perf_counter())
-        decoding = self._decoding_rows()
-        chunks, fresh = self._prefill.chunks(self.token_budget - len(decoding))
-        if not len(decoding) and not chunks:
-            return None
+        while True:
+            decoding = self._decoding_rows()
+            chunks, fresh = self._prefill.chunks(self.token_budget - len(decoding))
+            if len(decoding) or chunks:
+                break
+            if not (waiting := self._prefill.under_way):
+                return None
+            if not self._make_room(self.tables.lacking(waiting[0], int(self.rows.computed[waiting[0]]))):
+                return None
         r = self.rows
         rows = np.concatenate([decoding, np.array([row for row, _ in chunks], np.int64)])
         counts = np.ones(len(rows), np.int64)
@@ -183,7 +190,7 @@ class Scheduler:
         ends = starts + counts
         samples = ends >= r.prefill[rows]
         scored = self._scoring.of_prompts(rows, starts, ends, len(decoding))
-        cells, pages = self._new_cells(rows, starts, ends, len(decoding), fresh)
+        cells, pages = self.tables.cells(rows, starts, ends, len(decoding), fresh)
         r.computed[rows] = ends
         for row, _ in chunks:  # later steps find the pages written
             self.admission.note_full_pages(row)
@@ -214,21 +221,22 @@ class Scheduler:
 
     def _decoding_rows(self) -> np.ndarray:
         """Rows that decode in this step, each with a page for its token: int64 `[D]`."""
-        r, page_size = self.rows, self.pages.page_size
+        r = self.rows
         while True:
             running = (r.phase == Phase.RUNNING) & (r.computed >= r.prefill) & (r.total < r.limit)
             ready = self._with_room_for_masks(np.flatnonzero(running & ~(r.masked & (r.known < r.total))))
-            needy = ready[r.computed[ready] % page_size == 0]
-            short = len(needy) - self.pages.free
+            starts = r.computed[ready]
+            wanted = self.tables.wanted(starts)
+            short = int(wanted.sum()) - self.pages.free
             if short <= 0:
                 break
             if not self._make_room(short):
-                needy = self._in_line(needy)
-                ready = np.setdiff1d(ready, needy[self.pages.free :])  # the later ones skip this step
-                needy = needy[: self.pages.free]
+                needy = self._in_line(ready[wanted > 0])
+                served = np.cumsum(self.tables.wanted(r.computed[needy])) <= self.pages.free
+                ready = np.setdiff1d(ready, needy[~served])  # the later ones skip this step
+                starts = r.computed[ready]
                 break
-        r.pages[needy, r.page_count[needy]] = self.pages.take(len(needy))
-        r.page_count[needy] += 1
+        self.tables.open(ready, starts)
         return ready
 
     def _with_room_for_masks(self, ready: np.ndarray) -> np.ndarray:
@@ -246,7 +254,10 @@ class Scheduler:
         """Preempt the last row in line for a shortage of `short` pages. `False`: enough are on their way back."""
         r = self.rows
         done = (r.phase >= Phase.PREEMPTED) | ((r.phase == Phase.RUNNING) & (r.total >= r.limit))
-        coming = int(r.page_count[done].sum())
+        coming = self.tables.held(done)
+        if self.tables.forgets:
+            going_on = np.flatnonzero((r.phase == Phase.RUNNING) & ~done & (r.in_flight > 0) & ~r.moving)
+            coming += self.tables.dying(going_on, r.computed[going_on])
         if coming >= short:
             return False
         candidates = np.flatnonzero((r.phase == Phase.RUNNING) & (r.total < r.limit))
@@ -254,7 +265,7 @@ class Scheduler:
             if coming:
                 return False
             row = int(candidates[0])
-            needs = self.pages.needed(int(r.total[row]))
+            needs = self.tables.layout.pages_at_length(int(r.total[row]))
             self._end(
                 row,
                 f"request {r.request[row].id} needs {needs} pages of {self.pages.page_size} tokens at length "
@@ -272,21 +283,6 @@ class Scheduler:
     def _in_line(self, rows: np.ndarray) -> np.ndarray:
         """The rows by priority, the highest first, and by arrival."""
         return rows[np.lexsort((self.rows.arrival[rows], -self.rows.priority[rows]))]
-
-    def _new_cells(
-        self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, decodes: int, fresh: dict[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Entries of the device's flat page table that the tokens of this step touch first, and their pages; of
-        `fresh` rows, those of pages found as well, from their first column on."""
-        r, page_size = self.rows, self.pages.page_size
-        columns = r.pages.shape[1]
-        opens = starts[:decodes] % page_size == 0
-        cells = [rows[:decodes][opens] * columns + starts[:decodes][opens] // page_size]
-        for row, start, end in zip(rows[decodes:], starts[decodes:], ends[decodes:], strict=True):
-            first = fresh.get(int(row), -(-start // page_size))
-            cells.append(np.arange(first, -(-end // page_size)) + row * columns)
-        flat = np.concatenate(cells)
-        return flat, r.pages.reshape(-1)[flat]
 
     # ------------------------------------------------------------------------------------------------ retire
 
@@ -319,6 +315,9 @@ class Scheduler:
         drained = plan.rows[(r.in_flight[plan.rows] == 0) & (r.phase[plan.rows] >= Phase.PREEMPTED)]
         for row in drained:
             self._leave(int(row))
+        if self.tables.forgets:
+            going_on = r.phase[plan.rows] == Phase.RUNNING
+            self.tables.release_behind(plan.rows[going_on], (plan.starts + plan.counts)[going_on])
 
     def landed(self, move: Move) -> None:
         """A move of pages is done."""
@@ -326,7 +325,7 @@ class Scheduler:
         self.host.under_way -= 1
         r.in_flight[row] -= 1
         if move.out:
-            self._keep_pages(row, move.first)
+            self.tables.keep(row, move.group, move.first)
         if r.in_flight[row]:
             return
         r.moving[row] = False
@@ -357,12 +356,13 @@ class Scheduler:
         preempted = r.phase[row] == Phase.PREEMPTED
         if self.host.count and preempted and not r.shaped[row] and not r.stale[row]:  # history does not travel
             self.admission.note_full_pages(row)
-            moves = self.host.move_out(row, r.request[row], int(r.computed[row]) // self.pages.page_size)
-            if moves:
+            request = r.request[row]
+            if moves := self.host.move_out(row, request, self.tables.full_columns(row, int(r.computed[row]))):
                 self.offloaded += 1
                 r.in_flight[row] = moves
                 r.moving[row] = True
-                self._keep_pages(row, len(self.host.of(r.request[row])))
+                for group, columns in enumerate(self.host.columns(request)):
+                    self.tables.keep(row, group, columns.stop)
                 return
         self._release(row)
 
@@ -379,14 +379,8 @@ class Scheduler:
             self.line.stand(request)
         else:
             self.host.drop(request)
-        self._keep_pages(row, 0)
+        self.tables.release(row)
         r.give_back(row)
-
-    def _keep_pages(self, row: int, count: int) -> None:
-        """Give back all pages of a row but the first `count`."""
-        r = self.rows
-        self.pages.give_back(r.pages[row, count : r.page_count[row]].copy())
-        r.page_count[row] = count
 
     def _refuse(self, request: Request, reason: str) -> None:
         request.finish(reason)

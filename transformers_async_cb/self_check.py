@@ -30,6 +30,7 @@ from .scheduler import Scheduler
 from .sequential import Opening, difference
 from .settings import EngineSettings
 from .states import Kept, StateRunner
+from .tables import PageTables
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -142,13 +143,14 @@ def _in_steps(
     columns = -(-longest // settings.page_size)
     budget = sum(map(len, prompts)) if settings.whole_prompts else max(map(len, prompts))
     small = settings._replace(
-        pages=columns * len(prompts), rows=len(prompts), columns=columns, token_budget=budget,
+        pages=settings.layout.pages_for(longest) * len(prompts), rows=len(prompts), columns=columns,
+        token_budget=budget,
         fused=False, compiled=False, graphs=False, logprobs=False, reuse=False, host_pages=0, debug=False,
     )  # fmt: skip
-    rows = Rows(small.rows, columns, with_logprobs=False)
+    rows = Rows(small.rows, with_logprobs=False)
+    tables = PageTables(small.rows, columns, small.layout, Pages(small.pages, small.page_size))
     scheduler = Scheduler(
-        rows, Pages(small.pages, small.page_size), small.token_budget, longest, reuse=False,
-        whole_prompts=small.whole_prompts,
+        rows, tables, small.token_budget, longest, reuse=False, whole_prompts=small.whole_prompts
     )  # fmt: skip
     noting = _NotingStateRunner if isinstance(found, Kept) else _NotingRunner
     runner = noting(loan, found, rows, small)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
+from .attention import LayerShape, Place
 from .config import AsyncBatchingConfig
 from .inputs import Bucket, StepArrays
 from .model import ModelLoan
@@ -192,7 +193,8 @@ def resolve_sequential(
 ) -> EngineSettings:
     """As `resolve_engine`, for an engine that runs one sequence at a time. Pages are not storage here: they count the
     tokens that the sequences' caches hold. A prompt is computed in one piece, whatever `max_batch_tokens` says."""
-    settings = resolve_engine(loan, [opening], batching, own, workload)
+    kept = LayerShape(1, opening.kept_per_token, 0, torch.uint8)
+    settings = resolve_engine(loan, {Place(loan.model, 0): kept}, batching, own, workload)
     rows = min(MOST_ROWS, settings.rows)
     if batching.num_blocks is None:  # what sequences take whatever their length comes out of the same memory
         page_bytes = settings.page_size * opening.kept_per_token
@@ -203,6 +205,7 @@ def resolve_sequential(
     longest = max(min(loan.stated_positions or MOST_POSITIONS, MOST_POSITIONS), workload.longest)
     columns = min(settings.columns, -(-longest // settings.page_size))
     return settings._replace(
+        layout=settings.layout._replace(slots=()),
         pages=min(settings.pages, rows * columns),
         page_limit=min(settings.page_limit, rows * columns),
         rows=rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -14,8 +14,9 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .attention import LayerShape, choose_backend
+from .attention import LayerShape, Place, choose_backend
 from .config import AsyncBatchingConfig
+from .groups import PageLayout
 from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings, Processor
 from .logprobs import MOST_LIKELIEST
 from .model import ModelLoan
@@ -264,11 +265,16 @@ class Workload(NamedTuple):
     longest: int = 0  # tokens of prompt and answer
     tokens: int = 0  # of all requests together
 
-    def sizes(self, row_limit: int, page_limit: int, page_size: int) -> tuple[int, int]:
+    def sizes(self, row_limit: int, page_limit: int, token_budget: int, layout: PageLayout) -> tuple[int, int]:
         """Rows and pages that it can use: all there may be, where nothing is known."""
         rows = min(self.requests or row_limit, row_limit)
-        pages = min(self.tokens // page_size + self.requests, page_limit) if self.tokens else page_limit
-        return min(rows, pages), pages
+        pages = page_limit
+        if self.tokens:
+            most = layout.pages_at_length(self.longest) * self.requests
+            most += sum(group.needed(2 * token_budget) for group in layout.groups if not group.keeps_all)
+            all_kept = sum(self.tokens // group.page_size + self.requests for group in layout.groups)
+            pages = min(all_kept, most, page_limit)
+        return min(rows, pages // len(layout.groups) or 1), pages
 
     @classmethod
     def from_hints(cls, hints: Any) -> Workload:
@@ -303,7 +309,8 @@ class Mode(Enum):
 class EngineSettings(NamedTuple):
     """Everything that is fixed when an engine is built. `row_limit` and `page_limit` bound what any workload gets."""
 
-    page_size: int  # tokens
+    page_size: int  # tokens, of the group of layers that has the most pages
+    layout: PageLayout
     pages: int
     page_limit: int
     rows: int  # requests in a step, at most
@@ -326,8 +333,8 @@ class EngineSettings(NamedTuple):
 
     def fit(self, workload: Workload) -> bool:
         """Whether an engine of these settings serves `workload` as well as a new one would."""
-        longest = min(workload.longest, self.page_limit * self.page_size)
-        rows, pages = workload.sizes(self.row_limit, self.page_limit, self.page_size)
+        longest = min(workload.longest, self.layout.longest(self.page_limit) or workload.longest)
+        rows, pages = workload.sizes(self.row_limit, self.page_limit, self.token_budget, self.layout)
         return longest <= self.columns * self.page_size and rows <= self.rows and pages <= self.pages
 
 
@@ -376,7 +383,7 @@ def stated_page_size(config: ContinuousBatchingConfig) -> int:
 
 def resolve_engine(
     loan: ModelLoan,
-    shapes: Iterable[LayerShape],
+    shapes: Mapping[Place, LayerShape],
     batching: ContinuousBatchingConfig,
     own: AsyncBatchingConfig,
     workload: Workload,
@@ -395,26 +402,30 @@ def resolve_engine(
     position_limit, _ = loan.position_limit()
     stated = stated_page_size(batching)
     page_size = PAGE_SIZE if stated == THEIR_PAGE_SIZE else stated
-    page_bytes = page_size * sum(shape.kept_per_token for shape in shapes)
+    # The text model's stated maximum is no limit where positions are computed, but nobody means to go far beyond.
+    longest = max(loan.stated_positions or 0, workload.longest)
+    layout = PageLayout.of(shapes, page_size, longest)
+    row_limit = batching.max_requests_per_batch or (1024 if cuda else 256)
+    token_budget = batching.max_batch_tokens or max(2048 if cuda else 512, row_limit)
+    row_limit = min(row_limit, token_budget)
+    page_bytes = layout.page_bytes
     if batching.num_blocks is not None:
-        pages = page_limit = batching.num_blocks * stated // page_size
+        pages = page_limit = layout.pages_for(batching.num_blocks * stated)
     else:
         page_limit = _free_bytes(device, batching.max_memory_percent) // page_bytes
         if not cuda and not workload.tokens:
             page_limit = min(page_limit, max(1, 2**31 // page_bytes))
         if page_limit < 1:
             raise ValueError(f"no memory for the cache: a page of {page_size} tokens takes {page_bytes:,} bytes")
-        _, pages = workload.sizes(1, page_limit, page_size)
-    row_limit = batching.max_requests_per_batch or (1024 if cuda else 256)
-    token_budget = batching.max_batch_tokens or max(2048 if cuda else 512, row_limit)
-    row_limit = min(row_limit, token_budget)
-    rows = min(workload.sizes(row_limit, page_limit, page_size)[0], pages)
-    # The text model's stated maximum is no limit where positions are computed, but nobody means to go far beyond.
-    longest = max(loan.stated_positions or 0, workload.longest) or pages * page_size
-    columns = min(pages, -(-longest // page_size))
+        _, pages = workload.sizes(1, page_limit, token_budget, layout)
+    rows = min(workload.sizes(row_limit, page_limit, token_budget, layout)[0], pages)
+    room = layout.longest(pages) or longest
+    longest = min(longest, room) if longest else room or pages * page_size
+    columns = -(-longest // page_size)
     graphs = batching.use_cuda_graph
     return EngineSettings(
         page_size=page_size,
+        layout=layout,
         pages=pages,
         page_limit=page_limit,
         rows=rows,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Step(NamedTuple):
     Padding tokens belong to the padding row, whose page table is all padding page; padding sequences have length 0.
     """
 
-    page_table: torch.Tensor  # [rows + 1, columns]
+    page_table: torch.Tensor  # [rows + 1, columns] of the group whose layer computes
     token_rows: torch.Tensor  # [T] row of each token
     positions: torch.Tensor  # [T] position in its sequence of each token
     rows: torch.Tensor  # [B] row of each sequence
@@ -60,17 +60,13 @@ class LayerShape(NamedTuple):
         """That it attends to."""
         return self.kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
-    @property
-    def kept_per_token(self) -> int:
-        """Bytes of the cache that are its own."""
-        return self.bytes_per_token if self.source is None else 0
-
 
 class PagedLayer(NamedTuple):
     """Keys and values of one attention layer. Two storages: views of one would make a compiler copy the pool."""
 
     key_pages: torch.Tensor  # [pages, page_size, kv_heads, key_dim]
     value_pages: torch.Tensor  # [pages, page_size, kv_heads, value_dim]
+    group: int = 0  # whose page table it is found by
 
 
 class Attached(NamedTuple):
@@ -78,6 +74,7 @@ class Attached(NamedTuple):
 
     key_pages: torch.Tensor
     value_pages: torch.Tensor
+    group: int
     window: int
     chunk: int
 
@@ -96,7 +93,7 @@ TURN = "_async_batching_turn"
 class _Computing(threading.local):
     """The step this thread computes, and how. A thread of the user's finds none here."""
 
-    step: Step | None = None
+    steps: Sequence[Step] | None = None
     backend: ModuleType | None = None
 
 
@@ -104,17 +101,18 @@ _computing = _Computing()
 
 
 @contextmanager
-def computing(step: Step, backend: str) -> Generator[None]:
-    """Within, calls of the borrowed model on this thread compute `step`."""
+def computing(steps: Sequence[Step], backend: str) -> Generator[None]:
+    """Within, calls of the borrowed model on this thread compute a step, which differs by page table for each group
+    of layers."""
     if backend == "triton":
         from . import triton as implementation
     else:
         implementation = reference
-    _computing.step, _computing.backend = step, implementation
+    _computing.steps, _computing.backend = steps, implementation
     try:
         yield
     finally:
-        _computing.step = _computing.backend = None
+        _computing.steps = _computing.backend = None
 
 
 def attention_forward(
@@ -156,16 +154,18 @@ def attention_forward(
         scaling = query.shape[-1] ** -0.5
     out = paged_attention(
         *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
-        attached.key_pages, attached.value_pages, scaling, attached.window, attached.chunk, softcap or 0.0, s_aux,
+        attached.key_pages, attached.value_pages, scaling, attached.group, attached.window, attached.chunk,
+        softcap or 0.0, s_aux,
     )  # fmt: skip
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def current_step() -> tuple[Step, ModuleType]:
-    """The step that the calling thread computes, and the backend. Raises `RuntimeError` if it computes none."""
-    if _computing.step is None:
+def current_step(group: int = 0) -> tuple[Step, ModuleType]:
+    """The step that the calling thread computes, for a group of layers, and the backend. Raises `RuntimeError` if it
+    computes none."""
+    if _computing.steps is None:
         raise RuntimeError(ON_LOAN)
-    return _computing.step, _computing.backend
+    return _computing.steps[group], _computing.backend
 
 
 @torch.library.custom_op("transformers_async_cb::paged_attention", mutates_args=("key_pages", "value_pages"))
@@ -176,6 +176,7 @@ def paged_attention(
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
     scaling: float,
+    group: int = 0,
     window: int = 0,
     chunk: int = 0,
     softcap: float = 0.0,
@@ -192,6 +193,7 @@ def paged_attention(
         value (`torch.Tensor`): `[T, kv_heads, value_dim]`.
         key_pages (`torch.Tensor`), value_pages (`torch.Tensor`): see `PagedLayer`; written.
         scaling (`float`): factor on the scores.
+        group (`int`): of the layer, whose page table counts.
         window (`int`): each token attends to so many, itself included; 0 for all before it.
         chunk (`int`): each token attends to those from the last multiple of this on; 0 for all before it. Not both.
         softcap (`float`): bound on the scores, which become `softcap * tanh(score / softcap)`; 0 for none.
@@ -204,7 +206,7 @@ def paged_attention(
     Raises:
         RuntimeError: the calling thread computes no step.
     """
-    step, backend = current_step()
+    step, backend = current_step(group)
     return backend.attend(query, key, value, key_pages, value_pages, step, scaling, window, chunk, softcap, sinks)
 
 

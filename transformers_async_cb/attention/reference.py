@@ -35,7 +35,8 @@ def attend(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sequences with as many new tokens are computed together: their pages gathered, padded to the longest."""
+    """Sequences with as many new tokens are computed together: the pages that they look back on gathered, padded to
+    the most."""
     write_pages(key, value, key_pages, value_pages, step)
     starts, lengths = step.query_starts.tolist(), step.lengths.tolist()
     out = query.new_zeros(query.shape[0], query.shape[1], value_pages.shape[3])
@@ -46,18 +47,22 @@ def attend(
     for count, group in by_count.items():
         chosen = torch.tensor(group, device=query.device)
         tokens = step.query_starts[chosen][:, None] + torch.arange(count, device=query.device)  # [n, count]
-        longest = max(lengths[b] for b in group)
-        table = step.page_table[step.rows[chosen], : -(-longest // key_pages.shape[1])]
-        at = torch.arange(longest, device=query.device)
-        beyond = at >= step.lengths[chosen][:, None]  # [n, longest]: not written yet, or another's
         positions = step.positions[tokens][:, :, None]  # [n, count, 1]
-        seen = at <= positions
+        firsts = torch.zeros_like(positions)
         if window:
-            seen &= at > positions - window
+            firsts = (positions - window + 1).clamp_min(0)
         if chunk:
-            seen &= at >= positions - positions % chunk
+            firsts = positions - positions % chunk
+        columns = firsts[:, 0] // key_pages.shape[1]  # [n, 1]: there may be none before
+        first = columns * key_pages.shape[1]
+        most = max(lengths[b] - f for b, f in zip(group, first[:, 0].tolist(), strict=True))
+        span = torch.arange(-(-most // key_pages.shape[1]), device=query.device)
+        table = step.page_table[step.rows[chosen][:, None], (columns + span).clamp_max(step.page_table.shape[1] - 1)]
+        at = (first + torch.arange(most, device=query.device))[:, None]  # [n, 1, most]
+        hidden = (at >= step.lengths[chosen][:, None, None]) | (at < firsts[:, :1])  # not written yet, or another's
+        seen = (at <= positions) & (at >= firsts)
         keys, values = (
-            pages[table].flatten(1, 2)[:, :longest].masked_fill(beyond[:, :, None, None], 0).transpose(1, 2)
+            pages[table].flatten(1, 2)[:, :most].masked_fill(hidden[:, 0, :, None, None], 0).transpose(1, 2)
             for pages in (key_pages, value_pages)
         )
         queries = query[tokens].transpose(1, 2)

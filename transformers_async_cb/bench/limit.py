@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..groups import PageGroup
 from ..model import ModelLoan
 from .workload import Workload
 
@@ -62,7 +63,7 @@ class LayerCost(NamedTuple):
 
     bytes: int  # its key and value
     flops: int  # of all query heads
-    window: int | None  # tokens it looks back on, itself among them, at most
+    kept: PageGroup  # of a token a page: what it looks back on
 
 
 class ModelCost(NamedTuple):
@@ -94,7 +95,7 @@ class ModelCost(NamedTuple):
             LayerCost(
                 shape.bytes_per_token,
                 2 * text.num_attention_heads * (shape.key_dim + shape.value_dim),
-                shape.window or shape.chunk or None,
+                PageGroup(1, shape.window, shape.chunk),
             )
             for shape in shapes
         )
@@ -117,19 +118,19 @@ class ModelCost(NamedTuple):
             expert_share=share,
         )
 
-    def seconds(self, rates: Rates, tokens: int, samples: int, looks: Callable[[int | None], int], new: bool) -> float:
+    def seconds(self, rates: Rates, tokens: int, samples: int, looks: Callable[[PageGroup], int], new: bool) -> float:
         """Of one step, the longer of the time for its bytes and the time for its products.
 
         Args:
             tokens (`int`): that pass through the layers.
             samples (`int`): that pass through the head.
-            looks (`Callable`): how many tokens all of them together look back on, given a layer's window.
+            looks (`Callable`): how many tokens all of them together look back on, given what a layer keeps.
             new (`bool`): whether what they look back on is new, rather than read from the cache.
         """
         size = self.weight_bytes + self.expert_bytes * (1 - (1 - self.expert_share) ** tokens)
         flops = tokens * self.token_flops + samples * self.head_flops
         for layer, count in self.layers.items():
-            seen = count * looks(layer.window)
+            seen = count * looks(layer.kept)
             flops += seen * layer.flops
             size += 0 if new else seen * layer.bytes
         return max(size / rates.bytes, flops / rates.flops)
@@ -154,16 +155,15 @@ def least_seconds(cost: ModelCost, rates: Rates, workload: Workload) -> float:
     lengths = np.array([len(prompt) for prompt in workload.prompts(2)])
     limits = np.array(workload.limits())
 
-    def within_prompts(window: int | None) -> int:
-        seen = lengths if window is None else np.minimum(lengths, window)
-        return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
+    def within_prompts(kept: PageGroup) -> int:
+        return sum(int(kept.seen(np.arange(length)).sum()) for length in lengths)
 
     total = cost.seconds(rates, int(lengths.sum()), len(lengths), within_prompts, new=True)
     for step in range(2, int(limits.max()) + 1):
         contexts = lengths[limits >= step] + step - 1
 
-        def within_contexts(window: int | None, contexts: np.ndarray = contexts) -> int:
-            return int((contexts if window is None else np.minimum(contexts, window)).sum())
+        def within_contexts(kept: PageGroup, contexts: np.ndarray = contexts) -> int:
+            return int(kept.seen(contexts - 1).sum())
 
         total += cost.seconds(rates, len(contexts), len(contexts), within_contexts, new=False)
     return total

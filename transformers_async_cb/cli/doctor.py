@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     model = load(options, dtype_for(options), console)
     _print(console, doctor.about(model, options.model))
     try:
-        room = doctor.capacity(model)
+        room = doctor.capacity(model, options.length)
     except ValueError as error:
         sys.exit(f"the engine does not run this model: {error}")
     holds = f"{room.tokens // options.length:,} requests of {options.length:,} tokens, {room.rows:,} at once"

@@ -34,7 +34,7 @@ class StepArrays(NamedTuple):
     counts: np.ndarray | torch.Tensor  # [2] decoding sequences, sequences without the padding
     work: np.ndarray | torch.Tensor  # [W] see `share_out`
     stores: np.ndarray | torch.Tensor  # [B] row whose last token the sample becomes, or the padding row
-    cells: np.ndarray | torch.Tensor  # [P] entries of the flat page table to write
+    cells: np.ndarray | torch.Tensor  # [P] entries of the flat page tables to write
     pages: np.ndarray | torch.Tensor  # [P]
     fresh: np.ndarray | torch.Tensor  # [F] rows whose parameters to write
     parameters: np.ndarray | torch.Tensor  # [F * PARAMETER_WORDS]
@@ -65,10 +65,12 @@ class Bucket(NamedTuple):
     rows: int
     decode_only: bool
 
-    def sizes(self, page_size: int, programs: int, mask_words: int, flavour: Flavour) -> tuple[int, ...]:
-        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages; `programs` as for
-        `share_out`; what nobody needs has none."""
-        cells = self.rows if self.decode_only else self.rows + self.tokens // page_size + SPARE_CELLS
+    def sizes(self, page_sizes: Sequence[int], programs: int, mask_words: int, flavour: Flavour) -> tuple[int, ...]:
+        """Words of each of `StepArrays`. A chunk of c tokens opens at most c / page_size + 1 pages of each group;
+        `programs` as for `share_out`; what nobody needs has none."""
+        cells = self.rows * len(page_sizes)
+        if not self.decode_only:
+            cells += sum(self.tokens // page_size for page_size in page_sizes) + SPARE_CELLS
         fresh = 0 if self.decode_only else self.rows
         newly_shaped = min(fresh, MOST_FRESH) if flavour.shaped else 0
         masked = min(self.rows, MOST_MASKED) if flavour.masked else 0
@@ -83,9 +85,9 @@ class Bucket(NamedTuple):
         """Tokens that there is room for to get log-probabilities of the model's own."""
         return self.rows + flavour.scored if flavour.ranked else 0
 
-    def words(self, page_size: int, programs: int, mask_words: int, flavour: Flavour) -> int:
+    def words(self, page_sizes: Sequence[int], programs: int, mask_words: int, flavour: Flavour) -> int:
         """Of a buffer that holds them."""
-        return sum(map(_aligned, self.sizes(page_size, programs, mask_words, flavour)))
+        return sum(map(_aligned, self.sizes(page_sizes, programs, mask_words, flavour)))
 
 
 def share_out(work: np.ndarray, sequences: np.ndarray, lengths: np.ndarray, programs: int) -> None:
@@ -123,7 +125,7 @@ def _aligned(words: int) -> int:
 
 def unpack(
     a: StepArrays,
-    page_table: torch.Tensor,
+    page_tables: torch.Tensor,
     parameters: torch.Tensor,
     last_tokens: torch.Tensor,
     tables: Tables | None = None,
@@ -132,7 +134,7 @@ def unpack(
 
     Args:
         a (`StepArrays`): on the device.
-        page_table (`torch.Tensor`): int32 `[rows + 1, columns]`; written.
+        page_tables (`torch.Tensor`): int32 `[groups, rows + 1, columns]`; written.
         parameters (`torch.Tensor`): int32 `[rows + 1, PARAMETER_WORDS]`; written.
         last_tokens (`torch.Tensor`): int32 `[rows + 1]`.
         tables (`Tables`, *optional*): written; where the logits of a row are shaped.
@@ -140,11 +142,11 @@ def unpack(
     Returns:
         Token ids and positions, int64 `[T]`, and the last token of each sequence, int64 `[B]`.
     """
-    if runs_triton(page_table):
+    if runs_triton(page_tables):
         from . import triton
 
-        return triton.unpack(a, page_table, parameters, last_tokens, tables)
-    page_table.view(-1)[a.cells] = a.pages
+        return triton.unpack(a, page_tables, parameters, last_tokens, tables)
+    page_tables.view(-1)[a.cells] = a.pages
     parameters[a.fresh] = a.parameters.view(-1, PARAMETER_WORDS)
     carried = last_tokens[(-1 - a.ids).clamp_min(0)]
     ids = torch.where(a.ids < 0, carried, a.ids)

@@ -18,7 +18,7 @@ _BLOCK = 128
 
 def unpack(
     a: StepArrays,
-    page_table: torch.Tensor,
+    page_tables: torch.Tensor,
     parameters: torch.Tensor,
     last_tokens: torch.Tensor,
     tables: Tables | None = None,
@@ -30,7 +30,7 @@ def unpack(
     last = last_tokens.new_empty(sequences, dtype=torch.int64)
     _unpack_kernel[(triton.cdiv(max(tokens, sequences, cells, words, len(a.shapings)), _BLOCK),)](
         a.ids, a.positions, a.query_starts, a.cells, a.pages, a.fresh, a.parameters,
-        page_table, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,
+        page_tables, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,
         a.token_rows, a.newly_shaped, a.shapings, history, shapings, positions_held, len(a.shapings),
         WORDS=parameters.shape[1], SHAPING_WORDS=shaping_words, BLOCK=_BLOCK,
     )  # fmt: skip
@@ -41,7 +41,7 @@ def unpack(
 @triton.jit(do_not_specialize=["tokens", "sequences", "cells", "words", "shaping_words"])
 def _unpack_kernel(
     given, given_positions, query_starts, at, pages, fresh, values,
-    page_table, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,
+    page_tables, parameters, last_tokens, ids, positions, last, tokens, sequences, cells, words,
     token_rows, newly_shaped, new_shapings, history, shapings, positions_held, shaping_words,
     WORDS: tl.constexpr, SHAPING_WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +60,7 @@ def _unpack_kernel(
     tl.store(last + i, tl.load(query_starts + 1 + i, mask=inside, other=0).to(tl.int64) - 1, mask=inside)
     inside = i < cells
     cell = tl.load(at + i, mask=inside, other=0).to(tl.int64)
-    tl.store(page_table + cell, tl.load(pages + i, mask=inside, other=0), mask=inside)
+    tl.store(page_tables + cell, tl.load(pages + i, mask=inside, other=0), mask=inside)
     inside = i < words
     row = tl.load(fresh + i // WORDS, mask=inside, other=0)
     tl.store(parameters + row * WORDS + i % WORDS, tl.load(values + i, mask=inside, other=0), mask=inside)

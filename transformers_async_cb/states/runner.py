@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from transformers import ContinuousBatchingConfig
 
-from ..attention import Step, computing
+from ..attention import LayerShape, Place, Step, computing
 from ..config import AsyncBatchingConfig
 from ..graphs import StepKey
+from ..groups import PageGroup, PageLayout
 from ..inputs import MOST_PARTS, Bucket, StepArrays
 from ..model import ModelLoan
 from ..request import Rows
@@ -87,10 +88,9 @@ class StateRunner(Runner):
         self.tables_of_states.clear()
         super().release_pages()
 
-    def _fork(
-        self, from_rows: torch.Tensor, from_pages: torch.Tensor, rows: torch.Tensor, pages: torch.Tensor
-    ) -> None:
-        super()._fork(from_rows, from_pages, rows, pages)
+    def _fork(self, sources: torch.Tensor, copies: torch.Tensor) -> None:
+        super()._fork(sources, copies)
+        from_rows, rows = sources[:, 0], copies[:, 0]
         for table, state in zip(self.tables_of_states, self._kept.states, strict=True):
             table.index_copy_(state.dim, rows.long(), table.index_select(state.dim, from_rows))
 
@@ -128,7 +128,7 @@ class StateRunner(Runner):
             rows = a.rows[group.first : group.first + group.sequences].long()
             slots = self._slots(group, rows)
             cache = self._kept.begin() if group.begins else self._kept.resume(slots)
-            with computing(self._step(a, group, tokens), self.backend) if self.layers else nullcontext():
+            with computing(self._steps(a, group, tokens), self.backend) if self.layers else nullcontext():
                 found, states = self._kept.advance(
                     cache, *(x[tokens].view(group.sequences, group.count) for x in (ids, positions)), every
                 )
@@ -153,8 +153,8 @@ class StateRunner(Runner):
         for table, state, new in zip(self.tables_of_states, self._kept.states, states, strict=True):
             table.index_copy_(state.dim, rows, new)
 
-    def _step(self, a: StepArrays, group: Group, tokens: slice) -> Step:
-        """The part of a step that attention has to know of for a group."""
+    def _steps(self, a: StepArrays, group: Group, tokens: slice) -> list[Step]:
+        """The part of a step that attention has to know of for a group of sequences, by group of layers."""
         sequences = slice(group.first, group.first + group.sequences)
         n, on_device = group.sequences, {"dtype": torch.int32, "device": self.device}
         starts = torch.arange(0, n * group.count + 1, group.count, **on_device)
@@ -163,10 +163,13 @@ class StateRunner(Runner):
             work, counts = torch.zeros(1, **on_device), torch.arange(0, n + 1, n, **on_device)
         elif not group.decodes:
             work = torch.arange(1, n + 1, **on_device) * MOST_PARTS**2  # each in one part
-        return Step(
-            self.page_table, a.token_rows[tokens], a.positions[tokens], a.rows[sequences], starts,
-            a.lengths[sequences], counts, work, self.counters, decode_only=group.count == 1,
-        )  # fmt: skip
+        return [
+            Step(
+                page_table, a.token_rows[tokens], a.positions[tokens], a.rows[sequences], starts,
+                a.lengths[sequences], counts, work, self.counters, decode_only=group.count == 1,
+            )
+            for page_table in self.page_tables
+        ]  # fmt: skip
 
 
 def resolve_states(
@@ -177,18 +180,22 @@ def resolve_states(
     workload: Workload,
 ) -> EngineSettings:
     """As `resolve_engine`, for a model that keeps states. Their tables take of the memory of the cache, half of it at
-    most, which bounds the rows. Where no layer attends, pages are no storage, and there are enough of them."""
-    attending = list(kept.shapes.values())
-    settings = resolve_engine(loan, attending or [kept], batching, own, workload)
+    most, which bounds the rows. Where no layer attends, pages are no storage, and there are enough of them. Where a
+    prompt is one piece, pages outside of a window are there until the request ends."""
+    attending = kept.shapes
+    if not kept.continues:
+        attending = {place: shape._replace(window=0, chunk=0) for place, shape in attending.items()}
+    counted = {Place(loan.model, 0): LayerShape(1, kept.kept_per_token, 0, torch.uint8)}
+    settings = resolve_engine(loan, attending or counted, batching, own, workload)
+    layout = settings.layout
     rows, row_limit, pages, page_limit = settings.rows, settings.row_limit, settings.pages, settings.page_limit
     page_size, columns = settings.page_size, settings.columns
     if batching.num_blocks is None:
-        page_bytes = page_size * sum(layer.kept_per_token for layer in attending or [kept])
-        memory = page_limit * page_bytes
+        memory = page_limit * layout.page_bytes
         taken = 2 * kept.bytes  # of a row, with the copy that a step may work on
         row_limit = max(1, min(row_limit, memory // 2 // taken))
         rows = min(rows, row_limit)
-        page_limit = max(1, (memory - rows * taken) // page_bytes)
+        page_limit = max(1, (memory - rows * taken) // layout.page_bytes)
         pages = min(pages, page_limit)
     if not attending:
         longest = max(min(loan.stated_positions or MOST_POSITIONS, MOST_POSITIONS), workload.longest)
@@ -196,13 +203,16 @@ def resolve_states(
             page_size = COUNTED
             pages = page_limit = rows * -(-longest // page_size)
         columns = -(-longest // page_size)
-    columns = min(columns, pages)
+        layout = PageLayout((PageGroup(page_size),), (), {})
+    if (room := layout.longest(pages)) is not None:
+        columns = min(columns, -(-room // page_size))
     longest = columns * page_size
     return settings._replace(
         page_size=page_size,
+        layout=layout,
         pages=pages,
         page_limit=page_limit,
-        rows=min(rows, pages),
+        rows=min(rows, pages // len(layout.groups) or 1),
         row_limit=row_limit,
         columns=columns,
         max_tokens=min(longest, loan.position_limit()[0] or longest),
