@@ -56,7 +56,7 @@ def explain(
         _attention(settings, own, cuda),
         Choice("graphs", _on(settings.graphs), _why_graphs(settings, batching, cuda)),
         Choice("compiled layers", _on(settings.compiled), _why(own.compile_layers, "compile_layers", cuda)),
-        Choice("joined projections", _on(settings.fused), _why(own.fuse_projections, "fuse_projections", cuda)),
+        Choice("joined projections", _on(settings.fused), _why_fused(loan, own, cuda)),
         Choice(
             "shared prefixes", _on(settings.reuse),
             "the default" if settings.reuse else "allow_block_sharing=False, as set",
@@ -176,6 +176,12 @@ def _why_overlap(settings: EngineSettings, own: AsyncBatchingConfig) -> str:
     if settings.overlap:
         return "the default: the host prepares a step while the one before computes"
     return "use_async_batching=False, as set" if own.overlap else "overlap=False, as set"
+
+
+def _why_fused(loan: ModelLoan, own: AsyncBatchingConfig, cuda: bool) -> str:
+    if loan.autocast is not None:
+        return "torch.autocast casts weights at each use"
+    return _why(own.fuse_projections, "fuse_projections", cuda)
 
 
 def _why(value: bool | None, name: str, cuda: bool) -> str:

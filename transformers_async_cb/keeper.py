@@ -47,13 +47,17 @@ class EngineKeeper:
         self._last_metrics = Metrics()  # of the engine before
 
     def prepare(self, workload: Workload) -> None:
-        """Borrow the model, and have an engine that fits it and the workload.
+        """Borrow the model, and have an engine that fits it, the workload and the calling thread's autocast.
 
         Raises:
             ValueError: the model is not supported, or there is no memory for the cache.
         """
+        autocast = self.loan.autocast
+        self.loan.note_autocast()
         if self.loan.out:
-            return
+            if self.loan.autocast == autocast:
+                return
+            self.loan.give_back()
         while True:
             try:
                 self._build(workload)
@@ -119,7 +123,7 @@ class EngineKeeper:
             settings = resolve_engine(loan, found.values(), *configs)
             self.choices = explain(settings, loan, found.values(), *configs)
         elif self.mode is Mode.SEQUENCES:
-            found = Opening(loan.model)
+            found = Opening(loan)
             found.try_out()
             settings = resolve_sequential(loan, found, *configs)
             self.choices = explain_sequential(settings, self._why_not_paged, *configs)

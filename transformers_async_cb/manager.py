@@ -136,7 +136,7 @@ class AsyncBatchingManager:
 
     def model_digest(self) -> tuple:
         """What tells this model from others, the same in every process: its class, and exact sums over its weights
-        (quantised ones are not looked at)."""
+        (which are not there for some kinds of quantised ones)."""
         sums = self._keeper.loan.weights()[0]
         return type(self.model).__name__, sums if isinstance(sums, list) else None
 

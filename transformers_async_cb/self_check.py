@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import __version__
@@ -46,8 +45,7 @@ NEW_TOKENS = 4
 _MOST_WORK = {"cpu": 2e10, "cuda": 1e14}
 # How far the logits of a sequence may be off, as a share of their size. Half precision rounds, and experts are chosen
 # anew where it does, so this is for the median.
-_CLOSE = {torch.float32: 1e-3}
-_CLOSE_ROUNDED = 0.1
+_CLOSE, _CLOSE_ROUNDED = 1e-3, 0.1
 
 
 class Trial(NamedTuple):
@@ -92,7 +90,7 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
         NotPaged: the logits differ.
     """
     model, begin = loan.model, time.perf_counter()
-    digest = _digest(model, settings)
+    digest = _digest(loan, settings)
     if digest in _passed or digest in _read_file():
         return
     with_states = isinstance(found, Kept)
@@ -108,7 +106,7 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
     loan.paged = False
     try:
         loan.borrow()
-        opening = Opening(model)
+        opening = Opening(loan)
         expected = [_one_by_one(opening, trial, len(prompt)) for trial, prompt in zip(trials, prompts, strict=True)]
     except ValueError as error:
         logger.info(f"{type(model).__name__} cannot be compared with generate: {error}")
@@ -119,7 +117,7 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
         loan.borrow()
     for trial, logits in zip(trials, expected, strict=True):
         off = statistics.median(difference(a, b) for a, b in zip(trial.logits, logits, strict=True))
-        if not off <= _CLOSE.get(model.dtype, _CLOSE_ROUNDED):
+        if not off <= (_CLOSE_ROUNDED if loan.rounds else _CLOSE):
             batched = "with batched states" if with_states else "on pages"
             raise NotPaged(
                 f"{type(model).__name__} gets other logits {batched} of async_batching than in generate, off by "
@@ -194,11 +192,13 @@ def _tokens(count: int, vocabulary: int) -> np.ndarray:
     return (2 + (31 * np.arange(count)) % max(1, min(vocabulary, 512) - 2)).astype(np.int32)
 
 
-def _digest(model: PreTrainedModel, settings: EngineSettings) -> str:
+def _digest(loan: ModelLoan, settings: EngineSettings) -> str:
     """Of all that decides whether a model passes."""
+    model = loan.model
     of_it = (
         type(model).__module__, type(model).__qualname__, model.config.to_json_string(use_diff=False),
-        str(model.dtype), model.device.type, settings.mode.name, settings.backend, settings.page_size,
+        sorted({f"{type(p).__name__} {p.dtype}" for p in model.parameters()}), str(loan.autocast),
+        model.device.type, settings.mode.name, settings.backend, settings.page_size,
         transformers.__version__, torch.__version__, __version__,
     )  # fmt: skip
     return hashlib.blake2b(repr(of_it).encode(), digest_size=16).hexdigest()

@@ -68,14 +68,15 @@ class Opening:
     """How `generate` begins a sequence of the model, noted once; and what a sequence takes, once that was tried.
 
     Args:
-        model (`PreTrainedModel`): on loan, as it is.
+        loan (`ModelLoan`): the model, borrowed as it is.
 
     Raises:
         ValueError: a sequence cannot be begun from tokens alone.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, loan: ModelLoan) -> None:
+        self._loan = loan
+        self._model = model = loan.model
         self.kept_per_token = self.bytes_per_sequence = 0
         with self._refusing():
             self._kwargs = _begun_by_generate(model)
@@ -121,7 +122,7 @@ class Opening:
                 found.append(one.advance(token))
                 other.advance(token)
             for logits, alone_logits in zip(found, expected, strict=True):
-                if difference(logits, alone_logits) > (1e-4 if logits.dtype == torch.float32 else 2e-2):
+                if difference(logits, alone_logits) > (2e-2 if self._loan.rounds else 1e-4):
                     raise NotImplementedError(
                         "it keeps something of a sequence outside of its cache, where another sequence changes it"
                     )
@@ -270,6 +271,7 @@ class SequentialRunner(Runner):
         for row, count in zip(key.rows, key.counts, strict=True):
             if row in key.fresh:
                 self._sequences[row] = self._opening.begin(count)
-            logits.append(self._sequences[row].advance(ids[None, at : at + count], every))
+            with self.loan.autocasting():
+                logits.append(self._sequences[row].advance(ids[None, at : at + count], every))
             at += count
         return torch.cat(logits)[keep] if every else torch.cat(logits)

@@ -425,7 +425,7 @@ def resolve_engine(
         host_pages=_host_pages(batching, page_bytes),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
-        fused=cuda if own.fuse_projections is None else own.fuse_projections,
+        fused=loan.autocast is None and (cuda if own.fuse_projections is None else own.fuse_projections),
         compiled=cuda if own.compile_layers is None else own.compile_layers,
         graphs=cuda and backend != "reference" and graphs not in (False, (False, False), [False, False]),
         logprobs=batching.return_logprobs,
