@@ -24,7 +24,6 @@ from conftest import (
     reference,
     shared_model,
 )
-from torch import nn
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -565,8 +564,3 @@ class TestArchitectures:
     def test_without_a_language_head_are_refused(self, model) -> None:
         with pytest.raises((ValueError, AttributeError), match="LlamaModel"):
             batch(model.model)
-
-    def test_spread_over_devices_are_refused(self, model) -> None:
-        model.lm_head = nn.Linear(64, VOCABULARY, device="meta")
-        with pytest.raises(ValueError, match="one device"):
-            batch(model)

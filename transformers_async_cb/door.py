@@ -69,6 +69,7 @@ class Door:
     """
 
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
+        self._loan = loan
         self._model = loan.model
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._criteria: tuple[Callable, ...] = ()
@@ -208,7 +209,7 @@ class Door:
                 max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
                 stopping_criteria=criteria,
                 shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
-                processors=Processors(name, processors, self._model.device) if processors else None,
+                processors=Processors(name, processors, self._loan.device) if processors else None,
                 constraint=self._constraint(name, asked, eos, compiled),
                 ranked=None if likeliest is None else no_words(0, likeliest),
                 prompt_scores=None if of_prompt is None else PromptScores(no_words(len(tokens) - 1, of_prompt)),
@@ -227,7 +228,7 @@ class Door:
                     request, id=child, sampling=sampling, arrival=self._arrivals + len(requests), page_keys=[]
                 )
                 if processors:
-                    sequence.processors = Processors(f"request {child}", processors, self._model.device)
+                    sequence.processors = Processors(f"request {child}", processors, self._loan.device)
                 sequence.constraint = self._constraint(f"request {child}", asked, eos, compiled)
                 requests.append(sequence)
             if family is not None:

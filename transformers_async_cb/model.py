@@ -16,6 +16,7 @@ from .attention.positions import TokensBefore
 from .attention.probe import NAME as PROBE
 from .attention.probe import probing
 from .linear import Products, noting_inputs
+from .placement import Placement
 
 
 # Parts beside the layers that are one kernel as they are, or nothing.
@@ -43,6 +44,7 @@ class ModelLoan:
 
     Attributes:
         paged (`bool`): whether attention is ours while the model is out. Otherwise the model stays as it is.
+        placement (`Placement`): where the model computes.
         autocast (`torch.dtype`, *optional*): of the autocast under which the model computes; see `note_autocast`.
 
     Raises:
@@ -67,6 +69,7 @@ class ModelLoan:
         self.out = False
         self.paged = True
         self._refuse_unfit()
+        self.placement = Placement.of(model)
 
     def _refuse_unfit(self) -> None:
         model = self.model
@@ -75,11 +78,24 @@ class ModelLoan:
             raise ValueError(f"{name} cannot generate: async_batching needs a transformers model with a language head")
         if model.config.is_encoder_decoder:
             raise ValueError(f"{name} is an encoder-decoder, async_batching runs decoder-only models")
-        devices = {str(p.device) for p in model.parameters()}
-        if len(devices) > 1:
-            raise ValueError(f"{name} is spread over {sorted(devices)}, async_batching needs it on one device")
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise ValueError(f"{name} is split by tensor parallelism, which async_batching does not run yet")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, and begins to if it is spread over several."""
+        return self.placement.devices[0]
+
+    @property
+    def not_batched(self) -> str:
+        """Why its sequences cannot be computed together, if they cannot, whatever layers it has."""
+        name, devices = type(self.model).__name__, self.placement.devices
+        if len(devices) > 1:
+            return (
+                f"{name} is spread over {', '.join(map(str, devices))}, and a batch of async_batching is laid out on one "
+                "device"
+            )
+        return ""
 
     @property
     def vocabulary(self) -> int:
@@ -119,6 +135,7 @@ class ModelLoan:
         """
         if getattr(self.model, self._MARK, False):
             raise RuntimeError("this model is generating already: stop the manager that has it first")
+        self.placement = Placement.of(self.model)  # which may have changed
         setattr(self.model, self._MARK, True)
         self.out = True
         copies: dict = {}
@@ -133,6 +150,8 @@ class ModelLoan:
             return
         name = type(self.model).__name__
         try:
+            if self.not_batched:
+                raise NotPaged(self.not_batched)
             if "position_ids" not in inspect.signature(self.model.forward).parameters:
                 raise NotPaged(
                     f"{name} counts positions itself (it takes no position_ids), async_batching packs sequences"
@@ -180,7 +199,7 @@ class ModelLoan:
         Raises:
             NotPaged: the model asks for something that is not supported.
         """
-        name, device = type(self.model).__name__, self.model.device
+        name, device = type(self.model).__name__, self.device
         count = min(_TRIAL_TOKENS, self.stated_positions or _TRIAL_TOKENS)
         positions = torch.arange(count, device=device)[None]
         seen = []
@@ -293,7 +312,7 @@ class ModelLoan:
 
     def weights(self) -> tuple:
         """See `weights.digest`."""
-        return weights.digest(self.model, self.model.device)
+        return weights.digest(self.model, self.device)
 
     @property
     def rounds(self) -> bool:
@@ -302,21 +321,22 @@ class ModelLoan:
 
     def note_autocast(self) -> None:
         """The model computes under the `torch.autocast` of the calling thread from now on, whatever thread runs it."""
-        kind = self.model.device.type
+        kind = self.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def autocasting(self) -> AbstractContextManager:
         """Within, this thread has the noted autocast. Weights are cast at each use: they may change."""
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast, cache_enabled=False)
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
     def form(self) -> list:
-        """What an engine is built for: modules, the shape, type and place of each weight, and autocast."""
+        """What an engine is built for: modules, the shape, type and place of each weight, where they compute, and
+        autocast."""
         modules = [
             (type(m), *((p.shape, p.dtype, p.device) for p in m.parameters(False))) for m in self.model.modules()
         ]
-        return [self.autocast, *modules]
+        return [self.autocast, self.placement, *modules]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of the packed tokens at `keep` `[R]`; `ids` and `positions` are `[1, T]`."""

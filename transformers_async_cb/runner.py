@@ -65,7 +65,7 @@ class Runner:
 
     def __init__(self, loan: ModelLoan, shapes: dict[Place, LayerShape], rows: Rows, settings: EngineSettings) -> None:
         self.loan = loan
-        self.device = loan.model.device
+        self.device = loan.device
         self.rows = rows
         self.page_size = settings.page_size
         self.with_logprobs = settings.logprobs

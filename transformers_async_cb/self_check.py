@@ -181,7 +181,7 @@ def _prompt_length(loan: ModelLoan, shapes: dict[Place, LayerShape]) -> int:
     model = loan.model
     windows = [shape.window or shape.chunk for shape in shapes.values()]
     work = sum(parameter.numel() for parameter in model.parameters()) * 6  # two prompts, twice
-    most = _MOST_WORK.get(model.device.type, _MOST_WORK["cpu"]) / work
+    most = _MOST_WORK.get(loan.device.type, _MOST_WORK["cpu"]) / work
     wanted = max([SHORTEST, *(window + 3 for window in windows)])
     positions = loan.position_limit()[0] or 2 * wanted + NEW_TOKENS
     return int(min(max(SHORTEST, min(wanted, most)), max(1, (positions - NEW_TOKENS) // 2)))
@@ -198,7 +198,7 @@ def _digest(loan: ModelLoan, settings: EngineSettings) -> str:
     of_it = (
         type(model).__module__, type(model).__qualname__, model.config.to_json_string(use_diff=False),
         sorted({f"{type(p).__name__} {p.dtype}" for p in model.parameters()}), str(loan.autocast),
-        model.device.type, settings.mode.name, settings.backend, settings.page_size,
+        loan.device.type, settings.mode.name, settings.backend, settings.page_size,
         transformers.__version__, torch.__version__, __version__,
     )  # fmt: skip
     return hashlib.blake2b(repr(of_it).encode(), digest_size=16).hexdigest()

@@ -79,7 +79,7 @@ class Opening:
         self._model = model = loan.model
         self.kept_per_token = self.bytes_per_sequence = 0
         with self._refusing():
-            self._kwargs = _begun_by_generate(model)
+            self._kwargs = _begun_by_generate(model, loan.device)
 
     @contextmanager
     def _refusing(self) -> Generator[None]:
@@ -110,7 +110,7 @@ class Opening:
         Raises:
             ValueError: they do not.
         """
-        short, long, token = (_some_tokens(count, self._model.device) for count in (_SHORT, _LONG, 1))
+        short, long, token = (_some_tokens(count, self._loan.device) for count in (_SHORT, _LONG, 1))
         with self._refusing():
             alone = self.begin(_SHORT)
             expected = [alone.advance(ids) for ids in (short, token, token)]
@@ -130,7 +130,7 @@ class Opening:
         self.bytes_per_sequence = max(0, sizes[0] - self.kept_per_token * _SHORT)
 
 
-def _begun_by_generate(model: PreTrainedModel) -> dict[str, Any]:
+def _begun_by_generate(model: PreTrainedModel, device: torch.device) -> dict[str, Any]:
     """What `generate` prepares for the model before its loop, beside the ids: an empty cache, positions, flags.
 
     Raises:
@@ -142,7 +142,7 @@ def _begun_by_generate(model: PreTrainedModel) -> dict[str, Any]:
         begun.update(kwargs)
         return input_ids
 
-    ids = _some_tokens(_SHORT, model.device)
+    ids = _some_tokens(_SHORT, device)
     kind = None if model.generation_config.cache_implementation is None else "dynamic"
     config = GenerationConfig(
         max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0, cache_implementation=kind
@@ -274,4 +274,5 @@ class SequentialRunner(Runner):
             with self.loan.autocasting():
                 logits.append(self._sequences[row].advance(ids[None, at : at + count], every))
             at += count
-        return torch.cat(logits)[keep] if every else torch.cat(logits)
+        found = torch.cat(logits).to(self.device)  # a model may end on another device than it begins
+        return found[keep] if every else found

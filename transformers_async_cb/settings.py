@@ -390,7 +390,7 @@ def resolve_engine(
     Raises:
         ValueError: there is no memory for a single page.
     """
-    device = loan.model.device
+    device = loan.device
     cuda = device.type == "cuda"
     position_limit, _ = loan.position_limit()
     stated = stated_page_size(batching)
@@ -412,7 +412,7 @@ def resolve_engine(
     # The text model's stated maximum is no limit where positions are computed, but nobody means to go far beyond.
     longest = max(loan.stated_positions or 0, workload.longest) or pages * page_size
     columns = min(pages, -(-longest // page_size))
-    graphs = batching.use_cuda_graph
+    graphs, in_place = batching.use_cuda_graph, not loan.placement.offloaded
     return EngineSettings(
         page_size=page_size,
         pages=pages,
@@ -425,9 +425,9 @@ def resolve_engine(
         host_pages=_host_pages(batching, page_bytes),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
-        fused=loan.autocast is None and (cuda if own.fuse_projections is None else own.fuse_projections),
-        compiled=cuda if own.compile_layers is None else own.compile_layers,
-        graphs=cuda and backend != "reference" and graphs not in (False, (False, False), [False, False]),
+        fused=in_place and loan.autocast is None and (cuda if own.fuse_projections is None else own.fuse_projections),
+        compiled=in_place and (cuda if own.compile_layers is None else own.compile_layers),
+        graphs=in_place and cuda and backend != "reference" and graphs not in (False, (False, False), [False, False]),
         logprobs=batching.return_logprobs,
         reuse=batching.allow_block_sharing,
         overlap=own.overlap and batching.use_async_batching is not False,

@@ -87,10 +87,12 @@ class Kept:
 
     @torch.no_grad()
     def __init__(self, loan: ModelLoan) -> None:
+        if loan.not_batched:
+            raise NotPaged(loan.not_batched)
         self.shapes: dict[Place, LayerShape] = loan.probe(packed=False) if loan.paged else {}
         self._loan = loan
         self._model = loan.model
-        self.device = loan.model.device
+        self.device = loan.device
         self._takes_logits_to_keep = loan.takes_logits_to_keep
         self._attends = loan.paged
         self._in_modules: list[tuple[nn.Module, str]] = []  # attributes that are states
@@ -175,7 +177,7 @@ class Kept:
     # ------------------------------------------------------------------------------------------------ trial
 
     def _try_out(self, begun: dict[str, Any]) -> None:
-        ids = torch.arange(_TRIAL_TOKENS, device=self._model.device)[None] % 2 + 2
+        ids = torch.arange(_TRIAL_TOKENS, device=self.device)[None] % 2 + 2
         inputs = self._model.prepare_inputs_for_generation(
             ids, is_first_iteration=True, next_sequence_length=None, **copy.deepcopy(begun)
         )
@@ -206,7 +208,7 @@ class Kept:
 
     def _trial(self, cache: Any, batch: int, start: int, end: int) -> tuple[torch.Tensor, Any]:
         """Attention answers zero, which is no less a function of what comes before."""
-        at = torch.arange(start, end, device=self._model.device).expand(batch, -1)
+        at = torch.arange(start, end, device=self.device).expand(batch, -1)
         with probing() if self._attends else nullcontext():
             return self._run(cache, at % 7 + 2, at)
 
