@@ -16,6 +16,7 @@ from transformers_async_cb import AsyncBatchingConfig
 from transformers_async_cb.matrix.small import small_model
 
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 PROMPTS = random_prompts(6, longest=60)
 # How far below the likeliest token one may be, as a share of the logits' size: rounding depends on what is computed
 # together, of which `generate` itself is no exception.
@@ -26,10 +27,10 @@ def assert_likeliest(model: PreTrainedModel, outputs: Sequence[GenerationOutput]
     """Each token is, but for rounding, the likeliest after all before it."""
     for output in outputs:
         assert output.error is None
-        ids = torch.tensor([output.prompt_ids + output.generated_tokens])
+        ids = torch.tensor([output.prompt_ids + output.generated_tokens], device=model.device)
         with torch.no_grad():
             logits = model(ids[:, :-1]).logits[0, len(output.prompt_ids) - 1 :].float()
-        chosen = logits.gather(1, torch.tensor(output.generated_tokens)[:, None])[:, 0]
+        chosen = logits.gather(1, ids[0, len(output.prompt_ids) :, None])[:, 0]
         assert (logits.max(1).values - chosen <= rounding * logits.abs().max(1).values).all()
 
 
@@ -43,10 +44,11 @@ def tokens(outputs: Sequence[GenerationOutput]) -> list[list[int]]:
     return [output.generated_tokens for output in outputs]
 
 
+@DEVICES
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_every_dtype_answers_what_the_model_says(dtype, fused) -> None:
-    model = new_model("llama").to(dtype)
+def test_every_dtype_answers_what_the_model_says(dtype, fused, device) -> None:
+    model = new_model("llama", device).to(dtype)
     outputs = generated(model, fuse_projections=fused)
     assert_likeliest(model, outputs, ROUNDING[dtype])
     assert tokens(generated(model, fuse_projections=fused, overlap=False)) == tokens(outputs)
@@ -78,12 +80,13 @@ def model() -> PreTrainedModel:
 
 
 class TestAutocast:
-    def test_it_reaches_the_engine(self, model) -> None:
-        seen = []
+    @DEVICES
+    def test_it_reaches_the_engine(self, device) -> None:
+        model, seen = new_model("qwen3", device), []
         handle = model.model.layers[0].self_attn.v_proj.register_forward_hook(
             lambda module, given, found: seen.append(found.dtype)
         )
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             outputs = generated(model, fuse_projections=True)
             assert_likeliest(model, outputs, ROUNDING[torch.bfloat16])
         handle.remove()

@@ -73,7 +73,7 @@ class LoopThread:
         if self.fatal_error is not None:
             self.keeper.drop()
             self.fatal_error = None
-        self.keeper.prepare(workload)
+        self.keeper.prepare(workload, self._door.given)
         if self.keeper.own.timeline is not None:
             self.recorder = Recorder()
         if self.recorder is not None:

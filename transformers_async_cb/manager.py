@@ -188,7 +188,7 @@ class AsyncBatchingManager:
             if self.is_running():
                 logger.warning("the manager is running already")
                 return
-            self._keeper.warm_up(self.workload, self._door.sampling)
+            self._keeper.warm_up(self.workload, self._door.sampling, self._door.given)
 
     def start(self) -> None:
         """Begin to generate. Requests added before are taken first."""

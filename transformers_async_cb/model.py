@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from . import attention, weights
 from .attention import Attached, LayerShape, PagedLayer, Place
@@ -40,10 +40,11 @@ class ModelLoan:
     from the same config object goes on as before. Parameters, buffers and hooks are never touched.
 
     Args:
-        model (`PreTrainedModel`): any decoder-only model whose attention goes through `AttentionInterface`.
+        model (`PreTrainedModel`): any that `generate` runs from token ids.
 
     Attributes:
         paged (`bool`): whether attention is ours while the model is out. Otherwise the model stays as it is.
+        batched (`bool`): whether its sequences are computed together while it is out.
         placement (`Placement`): where the model computes.
         autocast (`torch.dtype`, *optional*): of the autocast under which the model computes; see `note_autocast`.
 
@@ -67,7 +68,7 @@ class ModelLoan:
         self._products: Products | None = None
         self.autocast: torch.dtype | None = None
         self.out = False
-        self.paged = True
+        self.paged = self.batched = True
         self._refuse_unfit()
         self.placement = Placement.of(model)
 
@@ -76,8 +77,12 @@ class ModelLoan:
         name = type(model).__name__
         if not isinstance(model, PreTrainedModel) or not model.can_generate():
             raise ValueError(f"{name} cannot generate: async_batching needs a transformers model with a language head")
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{name} is an encoder-decoder, async_batching runs decoder-only models")
+        encodes = model.config.is_encoder_decoder
+        if encodes and (model.main_input_name != "input_ids" or type(model).generate is not GenerationMixin.generate):
+            raise ValueError(
+                f"{name} is an encoder-decoder that does not read token ids, or has a generate of its own, which "
+                "async_batching does not call"
+            )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise ValueError(f"{name} is split by tensor parallelism, which async_batching does not run yet")
 
@@ -90,10 +95,12 @@ class ModelLoan:
     def not_batched(self) -> str:
         """Why its sequences cannot be computed together, if they cannot, whatever layers it has."""
         name, devices = type(self.model).__name__, self.placement.devices
+        if self.model.config.is_encoder_decoder:
+            return f"{name} is an encoder-decoder, of which async_batching batches none"
         if len(devices) > 1:
             return (
-                f"{name} is spread over {', '.join(map(str, devices))}, and a batch of async_batching is laid out on one "
-                "device"
+                f"{name} is spread over {', '.join(map(str, devices))}, and a batch of async_batching is laid out on "
+                "one device"
             )
         return ""
 

@@ -70,6 +70,7 @@ class GenerationSettings(NamedTuple):
     stop_strings: tuple[str, ...]
     max_time: float  # seconds
     sequences: int  # answers to a prompt
+    decoder_start: int | None  # the token that the decoder of an encoder-decoder begins with
     sampling: Sampling  # all but the seed
     logits: LogitsSettings | None
 
@@ -127,6 +128,7 @@ def resolve_generation(
     sequences = 1 if merged.num_return_sequences is None else merged.num_return_sequences
     if isinstance(sequences, bool) or not isinstance(sequences, Integral) or sequences < 1:
         raise ValueError(f"num_return_sequences must be an integer of 1 or more, got {sequences!r}")
+    start = merged.decoder_start_token_id if merged.decoder_start_token_id is not None else merged.bos_token_id
     return GenerationSettings(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
@@ -134,6 +136,7 @@ def resolve_generation(
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
         max_time=check_seconds(merged.max_time, "max_time", "generation_config"),
         sequences=int(sequences),
+        decoder_start=start[0] if isinstance(start, list) and len(start) == 1 else start,
         sampling=_sampling(merged) if do_sample else Sampling(),
         logits=LogitsSettings.of(merged, own, model.get_input_embeddings().num_embeddings),
     )

@@ -41,7 +41,8 @@ def digest(model: nn.Module, device: torch.device) -> tuple:
             sums.append(lines.view(_INTEGERS[lines.itemsize]).sum(dtype=torch.int64).to(device))  # sees every bit
             if lines.dtype in (torch.float32, torch.bfloat16, torch.float16):  # sees the order
                 across, down = (torch.arange(n, device=lines.device).cos() for n in reversed(lines.shape))
-                products.append(((lines @ across.to(lines.dtype)).double() @ down.double()).to(device))
+                with torch.autocast(lines.device.type, enabled=False):
+                    products.append(((lines @ across.to(lines.dtype)).double() @ down.double()).to(device))
     return tuple(torch.stack(values).tolist() if values else None for values in (sums, products))
 
 
