@@ -103,11 +103,11 @@ _DOTS3_NOTE = {
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 # What single models need beside that, by model type; a name with dots is a field of a part.
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl"),
-        {"text_config.rope_parameters": _MROPE},
-    ),
-    **dict.fromkeys(("t5", "longt5"), {"feed_forward_proj": "gated-gelu"}),  # others repeat one token
+    **{
+        name: {"text_config.rope_parameters": _MROPE}
+        for name in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")
+    },
+    **{name: {"feed_forward_proj": "gated-gelu"} for name in ("t5", "longt5")},  # others repeat one token
     "glm4v_moe": {"text_config.rope_parameters": _MROPE | {"mrope_section": [2, 1, 1]}},
     "bailing_hybrid": {"layer_group_size": 2, "linear_head_dim": 8},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
