@@ -398,7 +398,10 @@ class AsyncBatchingManager:
                 `num_return_sequences=3` two more results come, of `{request_id}__child#0` and `{request_id}__child#1`;
                 each has a seed of its own, and the prompt is computed once. And `presence_penalty`,
                 `frequency_penalty` and `logit_bias` (a dictionary from token ids to what is added to their logits),
-                which mean what they do in OpenAI's interface.
+                which mean what they do in OpenAI's interface. And what the model's `generate` takes beside token ids,
+                by the same names and for this request alone: `pixel_values=..., image_grid_thw=...`. Tensors are
+                copied. Such requests run where sequences run one at a time; for encoder-decoders, `input_ids` are the
+                encoder's, and `decoder_input_ids=...` what the decoder begins with.
 
         Returns:
             The request's id, which is also that of its first sequence.

@@ -118,10 +118,10 @@ class Opening:
         """
         given = inputs.on(self._loan.device)
         if inputs.encoder_ids is not None:
-            given["decoder_input_ids"] = ids
+            begun_with, kwargs = self._prepared(given | {"decoder_input_ids": ids}, decoder_start=int(ids[0, 0]))
         else:
             given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        begun_with, kwargs = self._prepared(given, decoder_start=int(ids[0, 0]))
+            begun_with, kwargs = self._prepared(given)
         if not torch.equal(begun_with, ids):
             raise NotImplementedError(f"generate begins with other tokens: {begun_with.tolist()}")
         return Sequence(self._model, kwargs)
@@ -180,7 +180,8 @@ class Opening:
     def _prepared(
         self, given: dict[str, Any], decoder_start: int | None = None
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The ids with which `generate` enters its loop, and what it gives the model beside them."""
+        """The ids with which `generate` enters its loop when it is `given` these keyword arguments, and what it gives
+        the model beside them."""
         begun: dict[str, Any] = {}
 
         def note(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -351,9 +352,13 @@ class SequentialRunner(Runner):
                     # There is more than the prompt if the request was preempted.
                     pieces = [ids[:, :length], *(ids[:, at : at + 1] for at in range(length, ids.shape[1]))]
                 logits = [self._sequences[row].advance(piece, every) for piece in pieces]
-                return (torch.cat(logits) if every else logits[-1]).view(count, -1)
+                found = torch.cat(logits) if every else logits[-1]
+                if len(found) != count:
+                    raise ValueError(f"it returns the logits of {len(found)} tokens for {count}")
+                return found
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                inputs.error = f"the model fails with its {', '.join(inputs.names)}: {type(error).__name__}: {error}"
+                names = ", ".join(inputs.names) or "prompt"
+                inputs.error = f"the model fails with its {names}: {type(error).__name__}: {error}"
         return self._opening.no_logits(count)
