@@ -222,6 +222,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="requests give the model pixel_values beside token ids"):
             generated(llava, requests("llava"), async_batching=own)
 
+    def test_for_a_model_with_a_generate_of_its_own(self) -> None:
+        model, request = new_model("llava"), asked("llava", 3, 0)
+        model.__class__ = type("Own", (type(model),), {"generate": lambda self, *args, **kwargs: None})
+        with pytest.raises(ValueError, match="request req_0: pixel_values: Own has a generate of its own"):
+            generated(model, [request])
+
     def test_images_of_a_call(self, llava) -> None:
         request = asked("llava", 3, 0)
         with pytest.raises(ValueError, match=r"pixel_values: inputs of the model are given for each request"):

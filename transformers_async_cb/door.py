@@ -21,7 +21,7 @@ from .grammars import STRUCTURES, Constraint, Grammars
 from .logits import Processor, Processors, Shaping
 from .logprobs import PromptScores, no_words
 from .model import ModelLoan
-from .model_inputs import ModelInputs, input_names
+from .model_inputs import ModelInputs, has_own_generate, input_names
 from .prompts import Prompt, encode
 from .request import Family, Request, Sampling
 from .settings import (
@@ -202,6 +202,11 @@ class Door:
                 tokens, model_inputs = self._decoder_prompt(name, tokens, dict(values), settings)
             elif values:
                 model_inputs = ModelInputs(values)
+            if values and has_own_generate(self._model):
+                raise ValueError(
+                    f"{name}: {', '.join(sorted(values))}: {type(self._model).__name__} has a generate of its own, "
+                    "which async_batching does not call"
+                )
             if values and self._loan.out and self._loan.batched:
                 raise ValueError(
                     f"{name}: {', '.join(sorted(values))}: the manager batches token ids alone; add the request "

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from . import attention, weights
 from .attention import Attached, LayerShape, PagedLayer, Place
@@ -16,6 +16,7 @@ from .attention.positions import TokensBefore
 from .attention.probe import NAME as PROBE
 from .attention.probe import probing
 from .linear import Products, noting_inputs
+from .model_inputs import has_own_generate
 from .placement import Placement
 
 
@@ -78,7 +79,7 @@ class ModelLoan:
         if not isinstance(model, PreTrainedModel) or not model.can_generate():
             raise ValueError(f"{name} cannot generate: async_batching needs a transformers model with a language head")
         encodes = model.config.is_encoder_decoder
-        if encodes and (model.main_input_name != "input_ids" or type(model).generate is not GenerationMixin.generate):
+        if encodes and (model.main_input_name != "input_ids" or has_own_generate(model)):
             raise ValueError(
                 f"{name} is an encoder-decoder that does not read token ids, or has a generate of its own, which "
                 "async_batching does not call"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 
 # Arguments of a model's forward that are the engine's to give, or settings.
@@ -25,6 +25,12 @@ def input_names(model: PreTrainedModel) -> frozenset[str]:
     """What a request may give the model as keyword arguments: those of its forward that are its inputs."""
     parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(p.name for p in parameters if p.kind != p.VAR_KEYWORD) - _NOT_INPUTS
+
+
+def has_own_generate(model: PreTrainedModel) -> bool:
+    """Whether its `generate` is another than that of all models, and may do what is not seen from within: switch
+    adapters, run another model, change the answer."""
+    return type(model).generate is not GenerationMixin.generate
 
 
 class ModelInputs:
