@@ -59,8 +59,9 @@ def test_offloaded_weights_are_fetched_for_a_step(put, tmp_path) -> None:
     assert any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_offloaded_models_that_run_one_sequence_at_a_time_do_so(tmp_path) -> None:
-    model = small_model("bloom")
+@pytest.mark.parametrize("family", ["bloom", "mamba2", "lfm2"])
+def test_offloaded_models_run_as_others_of_their_kind(family, tmp_path) -> None:
+    model = small_model(family)
     expected = answers(model)
     accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     assert generated(model) == expected

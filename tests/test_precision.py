@@ -116,11 +116,12 @@ class TestAutocast:
             expected = generated(model)
         assert tokens(sorted(found, key=lambda output: output.request_id)) == tokens(expected)
 
-    def test_models_that_run_one_sequence_at_a_time_have_it_too(self) -> None:
-        model = small_model("bloom")
+    @pytest.mark.parametrize("family", ["bloom", "mamba2", "lfm2"])
+    def test_models_that_do_not_run_packed_have_it_too(self, family) -> None:
+        model = small_model(family)
         with torch.autocast("cpu", torch.bfloat16):
             outputs = model.generate_batch(PROMPTS, generation_config=greedy(12), async_batching=True)
-            assert_likeliest(model, list(outputs.values()), ROUNDING[torch.bfloat16])
+            assert_likeliest(model, list(outputs.values()), 2 * ROUNDING[torch.bfloat16])  # recurrences add up
 
     def test_generate_with_the_engine_as_its_loop_has_it_too(self, model) -> None:
         ids = torch.tensor(PROMPTS[:1])
