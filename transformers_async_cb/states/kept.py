@@ -182,7 +182,7 @@ class Kept:
             ids, is_first_iteration=True, next_sequence_length=None, **copy.deepcopy(begun)
         )
         caches = {name: value for name, value in inputs.items() if isinstance(value, Cache)}
-        rest = {k: v for k, v in inputs.items() if k not in (*_MADE_ANEW, *caches) and v is not None}
+        rest = {k: v for k, v in inputs.items() if k not in (*_MADE_ANEW, *caches) and not _says_nothing(v)}
         if unknown := sorted(k for k, v in rest.items() if not isinstance(v, (bool, int, float, str))):
             raise NotImplementedError(f"generate prepares {', '.join(unknown)} for it")
         self._constant = rest
@@ -273,6 +273,11 @@ class Kept:
         close = 2e-2 if self._loan.rounds else 1e-4
         pairs = [(found, expected), *zip(self._of(cache), whole, strict=True)]
         return all(difference(a, b) <= close for a, b in pairs)
+
+
+def _says_nothing(value: object) -> bool:
+    """Whether an input is none: of a model that sees, there may be one for each kind of inputs, and none of these."""
+    return value is None or (isinstance(value, dict) and all(part is None for part in value.values()))
 
 
 def _differing(one: torch.Tensor, two: torch.Tensor) -> int | None:
