@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -78,6 +79,20 @@ def new_model(family: str, device: str | torch.device = "cpu", seed: int = 0, **
     return model.to(device).eval()
 
 
+def random_model(class_name: str, device: str = "cpu", seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A float32 model of that class of transformers from a config of `settings`, with wide weights."""
+    model_class, rng = getattr(transformers, class_name), torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(model_class.config_class(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3, generator=rng)
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    return model.to(device)
+
+
 @functools.cache
 def shared_model(family: str, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The model of that family that all tests share, for those that leave it as it is."""
@@ -120,6 +135,26 @@ def reference(model: PreTrainedModel, prompt: Sequence[int], config: GenerationC
     if key not in answers:
         answers[key] = generate_alone(model, prompt, config)
     return list(answers[key])
+
+
+def generated_in_short_room(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    page_size: int = 16,
+    request_settings: Sequence[dict[str, Any]] | None = None,
+) -> list[list[int]]:
+    """The new tokens of requests for which there are 8 pages in all, so that some were preempted."""
+    manager = model.init_continuous_batching(
+        config, continuous_batching_config=batching(num_blocks=8, page_size=page_size), async_batching=True
+    )
+    ids = manager.add_requests(prompts, request_settings=request_settings)
+    manager.start()
+    manager.stop(keep_for_next_session=True)
+    assert manager._engine.scheduler.preemptions > 0
+    found = {output.request_id: output.generated_tokens for output in manager}
+    manager.destroy()
+    return [found[i] for i in ids]
 
 
 def run_in_interpreter(file: str) -> str:

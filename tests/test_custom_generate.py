@@ -255,10 +255,6 @@ class TestIsRefused:
                 custom_generate=transformers_async_cb.generate,
             )  # fmt: skip
 
-    def test_autocast(self, llama) -> None:
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"torch\.autocast"):
-            llama.generate(**BATCH, max_new_tokens=4, custom_generate=transformers_async_cb.generate)
-
     def test_a_criterion_that_raises_with_its_own_error(self, llama) -> None:
         with pytest.raises(KeyError, match="mine"):
             llama.generate(

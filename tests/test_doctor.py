@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import batching, greedy, new_model, shared_model
 from test_timeline import regular
-from transformers import T5Config, T5ForConditionalGeneration
 
 from transformers_async_cb import AsyncBatchingConfig, cli, doctor, shapes
 from transformers_async_cb.bench import Observation
@@ -46,9 +45,10 @@ def test_a_screenful_says_what_is_there_what_was_chosen_and_what_it_gains(monkey
 
 
 def test_a_model_that_the_engine_does_not_run_is_named_with_the_reason(monkeypatch) -> None:
-    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    model = new_model("llama")
+    model.lm_head.to("meta")
     monkeypatch.setattr(shapes, "load", lambda *_: model)
-    with pytest.raises(SystemExit, match="does not run this model: T5ForConditionalGeneration is an encoder-decoder"):
+    with pytest.raises(SystemExit, match="does not run this model: LlamaForCausalLM has no weights in lm_head"):
         cli.main(["doctor", "--device", "cpu"])
 
 

@@ -164,7 +164,8 @@ class TestAnotherRun:
 def test_every_field_of_a_request_is_either_of_the_run_or_not() -> None:
     of_the_run = {
         "id", "tokens", "max_new_tokens", "sampling", "eos_ids", "stop_strings", "max_time",
-        "stopping_criteria", "shaping", "processors", "constraint", "record_timestamps", "ranked", "prompt_scores",
+        "stopping_criteria", "shaping", "processors", "inputs", "constraint", "record_timestamps", "ranked",
+        "prompt_scores",
     }  # fmt: skip
     assert set(Request.__dataclass_fields__) == of_the_run | _NOT_THE_RUN
 

@@ -20,11 +20,11 @@ from conftest import (
     generate_alone,
     greedy,
     new_model,
+    random_model,
     random_prompts,
     reference,
     shared_model,
 )
-from torch import nn
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
@@ -294,18 +294,7 @@ class TestMeanwhile:
 
 
 def build(name: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
-    """A tiny model of transformers' class `name`, its weights as wide as those of the other tests' models."""
-    model_class = getattr(transformers, name)
-    config = model_class.config_class(**{"vocab_size": VOCABULARY, **NOTHING_SPECIAL, **settings})
-    torch.manual_seed(seed)
-    model = model_class(config).eval()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.3, generator=rng)
-    model.generation_config = transformers.GenerationConfig(pad_token_id=0)
-    return model
+    return random_model(name, seed=seed, **{"vocab_size": VOCABULARY, **NOTHING_SPECIAL, **settings})
 
 
 _USUAL = {
@@ -555,18 +544,6 @@ class TestArchitectures:
         with pytest.raises(ValueError, match="65 tokens, more than the 64 positions up to which the model's rotary"):
             batch(model, [prompt + prompt[:9]])
 
-    def test_that_encode_and_decode_are_refused(self) -> None:
-        config = transformers.T5Config(
-            vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
-        )
-        with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-            batch(transformers.T5ForConditionalGeneration(config).eval())
-
     def test_without_a_language_head_are_refused(self, model) -> None:
         with pytest.raises((ValueError, AttributeError), match="LlamaModel"):
             batch(model.model)
-
-    def test_spread_over_devices_are_refused(self, model) -> None:
-        model.lm_head = nn.Linear(64, VOCABULARY, device="meta")
-        with pytest.raises(ValueError, match="one device"):
-            batch(model)

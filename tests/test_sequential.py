@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import VOCABULARY, batching, generate_alone, greedy, random_prompts
+from conftest import VOCABULARY, batching, generate_alone, generated_in_short_room, greedy, random_prompts
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -47,16 +47,7 @@ def test_they_answer_what_generate_does_with_overlap_on_and_off(model) -> None:
 
 def test_requests_that_find_no_room_are_computed_again(bloom) -> None:
     expected = [generate_alone(bloom, prompt, greedy(40)) for prompt in PROMPTS]
-    manager = bloom.init_continuous_batching(
-        greedy(40), continuous_batching_config=batching(num_blocks=8, page_size=16), async_batching=True
-    )
-    ids = manager.add_requests(PROMPTS)
-    manager.start()
-    manager.stop(keep_for_next_session=True)
-    assert manager._engine.scheduler.preemptions > 0
-    found = {output.request_id: output.generated_tokens for output in manager}
-    manager.destroy()
-    assert [found[i] for i in ids] == expected
+    assert generated_in_short_room(bloom, PROMPTS, greedy(40)) == expected
 
 
 def test_nothing_is_kept_of_requests_that_have_ended(bloom) -> None:

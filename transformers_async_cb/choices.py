@@ -15,6 +15,9 @@ from .settings import THEIR_PAGE_SIZE, EngineSettings, Workload, stated_page_siz
 from .states import Kept
 
 
+_FETCHED = "accelerate fetches weights when they are needed"
+
+
 class Choice(NamedTuple):
     """One of the settings: what it is called, what was chosen, and why or by which setting of the user's."""
 
@@ -34,7 +37,7 @@ def explain(
     workload: Workload,
 ) -> list[Choice]:
     """Why `resolve_engine` chose what it did, given the same."""
-    cuda = loan.model.device.type == "cuda"
+    cuda = loan.device.type == "cuda"
     return [
         _cache(settings, batching, workload, cuda),
         _pages(settings, batching),
@@ -48,9 +51,9 @@ def explain(
         ),
         _sizes(settings, cuda),
         _attention(settings, own, cuda),
-        Choice("graphs", _on(settings.graphs), _why_graphs(settings, batching, cuda)),
-        Choice("compiled layers", _on(settings.compiled), _why(own.compile_layers, "compile_layers", cuda)),
-        Choice("joined projections", _on(settings.fused), _why(own.fuse_projections, "fuse_projections", cuda)),
+        Choice("graphs", _on(settings.graphs), _why_graphs(settings, loan, batching)),
+        Choice("compiled layers", _on(settings.compiled), _why(loan, own.compile_layers, "compile_layers")),
+        Choice("joined projections", _on(settings.fused), _why_fused(loan, own)),
         Choice(
             "shared prefixes", _on(settings.reuse),
             "the default" if settings.reuse else "allow_block_sharing=False, as set",
@@ -172,11 +175,13 @@ def _attention(settings: EngineSettings, own: AsyncBatchingConfig, cuda: bool) -
     return Choice("attention", settings.backend, reason)
 
 
-def _why_graphs(settings: EngineSettings, batching: ContinuousBatchingConfig, cuda: bool) -> str:
+def _why_graphs(settings: EngineSettings, loan: ModelLoan, batching: ContinuousBatchingConfig) -> str:
     if settings.graphs:
         return "the default on CUDA"
-    if not cuda:
+    if loan.device.type != "cuda":
         return "CUDA has them"
+    if loan.placement.offloaded:
+        return _FETCHED
     return (
         "the reference attention cannot be captured" if settings.backend == "reference" else "use_cuda_graph, as set"
     )
@@ -188,10 +193,18 @@ def _why_overlap(settings: EngineSettings, own: AsyncBatchingConfig) -> str:
     return "use_async_batching=False, as set" if own.overlap else "overlap=False, as set"
 
 
-def _why(value: bool | None, name: str, cuda: bool) -> str:
+def _why_fused(loan: ModelLoan, own: AsyncBatchingConfig) -> str:
+    if loan.autocast is not None:
+        return "torch.autocast casts weights at each use"
+    return _why(loan, own.fuse_projections, "fuse_projections")
+
+
+def _why(loan: ModelLoan, value: bool | None, name: str) -> str:
+    if loan.placement.offloaded:
+        return _FETCHED
     if value is not None:
         return f"{name}={value}, as set"
-    return "the default on CUDA" if cuda else "the default on a CPU"
+    return "the default on CUDA" if loan.device.type == "cuda" else "the default on a CPU"
 
 
 def _on(value: bool) -> str:

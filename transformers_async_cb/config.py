@@ -38,6 +38,9 @@ class AsyncBatchingConfig:
         sequential_fallback (`bool`, *optional*, defaults to `True`):
             Run a model whose sequences cannot be batched one at a time, as `generate` does: slow, and said in the log.
             `False` refuses such a model.
+        one_at_a_time (`bool`, *optional*, defaults to `False`):
+            Run one sequence at a time though they could be batched. A manager that is to take requests with inputs
+            beside token ids (images) while it runs needs it; `generate_batch` sees by itself.
         self_check (`bool`, *optional*, defaults to `True`):
             Before a model first runs batched, compare the logits of a few tokens with those that `generate` gets. A
             model that has passed is remembered by its class, config and versions, in a file in Hugging Face's cache
@@ -53,13 +56,16 @@ class AsyncBatchingConfig:
     fuse_projections: bool | None = None
     timeline: str | None = None
     sequential_fallback: bool = True
+    one_at_a_time: bool = False
     self_check: bool = True
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("overlap", "compile_layers", "fuse_projections", "sequential_fallback", "self_check", "debug"):
+        may_be_none = ("compile_layers", "fuse_projections")
+        always = ("overlap", "sequential_fallback", "one_at_a_time", "self_check", "debug")
+        for name in (*may_be_none, *always):
             value = getattr(self, name)
-            if not (isinstance(value, bool) or (value is None and name in ("compile_layers", "fuse_projections"))):
+            if not (isinstance(value, bool) or (value is None and name in may_be_none)):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         if self.attention_backend not in ATTENTION_BACKENDS:
             raise ValueError(

@@ -84,8 +84,6 @@ def generate(
         ValueError: the model, a setting or an argument is not supported; the message names it.
         RuntimeError: a prompt could not be finished; the message says why.
     """
-    if torch.is_autocast_enabled(input_ids.device.type):
-        raise ValueError("torch.autocast does not reach the engine: convert the model instead, or leave the context")
     _refuse_processors(logits_processor, generation_config)
     mask = model_kwargs.get("attention_mask")
     _refuse_inputs(model_kwargs, mask)

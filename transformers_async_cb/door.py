@@ -21,6 +21,7 @@ from .grammars import STRUCTURES, Constraint, Grammars
 from .logits import Processor, Processors, Shaping
 from .logprobs import PromptScores, no_words
 from .model import ModelLoan
+from .model_inputs import ModelInputs, has_own_generate, input_names
 from .prompts import Prompt, encode
 from .request import Family, Request, Sampling
 from .settings import (
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
     from xgrammar import CompiledGrammar
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+
+_FOR_EACH = (
+    "inputs of the model are given for each request, in a dictionary of request_settings=[...] or to add_request"
+)
 
 
 def sequence_id(request_id: str, number: int) -> str:
@@ -69,6 +75,7 @@ class Door:
     """
 
     def __init__(self, loan: ModelLoan, seed: int | None) -> None:
+        self._loan = loan
         self._model = loan.model
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._criteria: tuple[Callable, ...] = ()
@@ -76,6 +83,8 @@ class Door:
         self._grammars: Grammars | None = None  # of the tokenizer that a grammar needed last
         self._texts: TokenTexts | None = None  # of the tokenizer that stop strings needed last
         self._vocabulary = loan.vocabulary
+        self._encodes = self._model.config.is_encoder_decoder
+        self._input_names = input_names(self._model)
         self._position_limit, self._limited_to = loan.position_limit()
         self._stated_positions = loan.stated_positions
         self._seed = seed
@@ -96,6 +105,8 @@ class Door:
         Raises:
             ValueError: see `resolve_generation`.
         """
+        if given := sorted(self._input_names.intersection(overrides)):
+            raise ValueError(f"{', '.join(given)}: {_FOR_EACH}")
         generation = resolve_generation(self._model, config, overrides)
         criteria = check_stopping_criteria(stopping_criteria, "the call")
         processors = check_logits_processor(logits_processor, "the call")
@@ -103,6 +114,12 @@ class Door:
         self._generation, self._tokenizer = generation, tokenizer
         self._criteria, self._processors = criteria, processors
         self._config, self._overrides = copy.deepcopy(config), copy.deepcopy(overrides)
+
+    @property
+    def given(self) -> set[str]:
+        """Names of what live requests give the model beside token ids."""
+        inputs = (request.inputs for request in list(self.live.values()))
+        return {name for each in inputs if each is not None for name in each.names}
 
     @property
     def sampling(self) -> Sampling:
@@ -164,6 +181,9 @@ class Door:
                 "or one for all"
             )
         requests, now = [], time.perf_counter()
+        values = {key: per_request.pop(key) for key in self._input_names.intersection(per_request)}
+        if values and len(inputs) > 1:
+            raise ValueError(f"{', '.join(sorted(values))}: {_FOR_EACH}")
         resolved: dict[int, GenerationSettings] = {}
         compiled: dict[tuple[str, int], CompiledGrammar] = {}
         structures = _structures(len(inputs), (json_schema, regex, grammar))
@@ -177,6 +197,21 @@ class Door:
             if (taken := next((i for i in ids if i in self.live), None)) is not None:
                 raise ValueError(f"{name}: the id {taken} is in use, choose another or wait for its result")
             tokens = self._prompt(name, input_ids)
+            model_inputs = None
+            if self._encodes:
+                tokens, model_inputs = self._decoder_prompt(name, tokens, dict(values), settings)
+            elif values:
+                model_inputs = ModelInputs(values)
+            if values and has_own_generate(self._model):
+                raise ValueError(
+                    f"{name}: {', '.join(sorted(values))}: {type(self._model).__name__} has a generate of its own, "
+                    "which async_batching does not call"
+                )
+            if values and self._loan.out and self._loan.batched:
+                raise ValueError(
+                    f"{name}: {', '.join(sorted(values))}: the manager batches token ids alone; add the request "
+                    "before it is started or warmed up, or start one with AsyncBatchingConfig(one_at_a_time=True)"
+                )
             if max_new_tokens is None:
                 limit = settings.new_tokens(len(tokens), self._stated_positions, name)
             else:
@@ -193,6 +228,8 @@ class Door:
                 processors = check_logits_processor(logits_processor, name)
             eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
             likeliest = check_likeliest(logprobs, self._vocabulary, "logprobs", name)
+            if prompt_logprobs is not None and self._encodes:
+                raise ValueError(f"{name}: prompt_logprobs: an encoder reads the prompt, nothing is generated from it")
             of_prompt = check_likeliest(prompt_logprobs, self._vocabulary, "prompt_logprobs", name)
             family = Family() if settings.sequences > 1 else None
             request = Request(
@@ -208,7 +245,8 @@ class Door:
                 max_time=settings.max_time if max_time is None else check_seconds(max_time, "max_time", name),
                 stopping_criteria=criteria,
                 shaping=self._shaping(name, settings, len(tokens), limit, eos, processors),
-                processors=Processors(name, processors, self._model.device) if processors else None,
+                processors=Processors(name, processors, self._loan.device) if processors else None,
+                inputs=model_inputs,
                 constraint=self._constraint(name, asked, eos, compiled),
                 ranked=None if likeliest is None else no_words(0, likeliest),
                 prompt_scores=None if of_prompt is None else PromptScores(no_words(len(tokens) - 1, of_prompt)),
@@ -227,7 +265,8 @@ class Door:
                     request, id=child, sampling=sampling, arrival=self._arrivals + len(requests), page_keys=[]
                 )
                 if processors:
-                    sequence.processors = Processors(f"request {child}", processors, self._model.device)
+                    sequence.processors = Processors(f"request {child}", processors, self._loan.device)
+                sequence.inputs = copy.copy(model_inputs)  # whose values are nobody's to change
                 sequence.constraint = self._constraint(f"request {child}", asked, eos, compiled)
                 requests.append(sequence)
             if family is not None:
@@ -254,6 +293,22 @@ class Door:
         """Their ids may be used again."""
         for request_id in request_ids:
             self.live.pop(request_id, None)
+
+    def _decoder_prompt(
+        self, name: str, encoder_ids: np.ndarray, values: dict[str, Any], settings: GenerationSettings
+    ) -> tuple[np.ndarray, ModelInputs]:
+        """What the decoder of an encoder-decoder begins with in `generate`, int32 `[n]`; and the model's inputs."""
+        start = settings.decoder_start
+        if not isinstance(start, Integral):
+            raise ValueError(
+                f"{name}: {type(self._model).__name__} needs a decoder_start_token_id or a bos_token_id in its "
+                f"generation config, one token, got {start!r}"
+            )
+        tokens = np.array([start], np.int32)
+        if (given := values.pop("decoder_input_ids", None)) is not None:
+            given = self._prompt(name, given[0] if np.ndim(given) == 2 and len(given) == 1 else given)
+            tokens = given if given[0] == start else np.concatenate([tokens, given])
+        return tokens, ModelInputs(values, encoder_ids)
 
     def _resolve(self, name: str, config: GenerationConfig | None, per_request: dict[str, Any]) -> GenerationSettings:
         """The settings of a request that has a config, or keyword arguments, of its own."""

@@ -23,13 +23,15 @@ class Endings:
         self._mask_maker: MaskMaker | None = None  # made when a request first needs it
 
     def refused(self, rows: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
-        """Rows whose token is none, and why: it was picked by logits that a processor of the user's did not give back,
-        or does not go on with the row's grammar."""
+        """Rows whose token is none, and why: it was picked by logits that the model had no inputs for or that a
+        processor of the user's did not give back, or does not go on with the row's grammar."""
         r, refused = self._rows, {}
-        for i in np.flatnonzero(r.processed[rows] | r.masked[rows]):
+        for i in np.flatnonzero(r.processed[rows] | r.masked[rows] | r.given[rows]):
             row = int(rows[i])
             request, error = r.request[row], None
-            if request.processors is not None:
+            if request.inputs is not None and request.inputs.error is not None:
+                error = f"request {request.id}: {request.inputs.error}"
+            if error is None and request.processors is not None:
                 error = request.processors.error_at(int(r.known[row]))
             if error is None and request.constraint is not None and not request.constraint.accept(int(tokens[i])):
                 error = f"request {request.id}: its other settings ban every token that its grammar allows next"

@@ -18,6 +18,7 @@ from .grammars import Constraint
 from .json_lines import JsonLines
 from .logits import Processors
 from .logprobs import PromptScores
+from .model_inputs import ModelInputs
 from .request import Request
 from .stop_strings import StopStrings
 
@@ -133,7 +134,7 @@ def _spell(value: Any) -> str | bytes:
         return repr(value.shape).encode() + value.tobytes()
     if isinstance(value, PromptScores):  # of which nothing is there yet
         return repr(value.words.shape)
-    if value is None or isinstance(value, (bool, int, float, str, StopStrings, Constraint, Processors)):
+    if value is None or isinstance(value, (bool, int, float, str, StopStrings, Constraint, Processors, ModelInputs)):
         return repr(value)
     if isinstance(value, tuple):
         return repr([_spell(part) for part in value])

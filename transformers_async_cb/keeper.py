@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -42,18 +43,35 @@ class EngineKeeper:
         self.choices: list[Choice] = []  # of the engine that was built last
         self.lock = threading.RLock()
         self._batching = batching
-        self.mode = Mode.PAGES  # the best that was not found impossible
-        self._why_not_paged = ""
+        self.mode = Mode.PAGES  # of the engine that was built last, or is to be built
+        self._best = Mode.PAGES  # that was not found impossible
+        self._why_not_paged = ""  # what made the best worse
+        self._why = ""  # not `Mode.PAGES`
         self._last_metrics = Metrics()  # of the engine before
 
-    def prepare(self, workload: Workload) -> None:
-        """Borrow the model, and have an engine that fits it and the workload.
+    def prepare(self, workload: Workload, given: Collection[str] = ()) -> None:
+        """Borrow the model, and have an engine that fits it, the workload and the calling thread's autocast.
+
+        Args:
+            given: names of inputs that requests give the model beside token ids. With any, sequences run one at a
+                time.
 
         Raises:
             ValueError: the model is not supported, or there is no memory for the cache.
         """
+        autocast = self.loan.autocast
+        self.loan.note_autocast()
+        alone = self._alone(given)
         if self.loan.out:
-            return
+            if self.loan.autocast == autocast and not (alone and self.loan.batched):
+                return
+            self.loan.give_back()
+        if not alone:
+            self._turn_to(self._best, self._why_not_paged)
+        elif self.own.sequential_fallback:
+            self._turn_to(Mode.SEQUENCES, alone)
+        else:
+            raise NotPaged(alone)
         while True:
             try:
                 self._build(workload)
@@ -62,18 +80,30 @@ class EngineKeeper:
                 self._why_not_paged = self._why_not_paged or str(reason)
                 self._fall_back(reason)
 
+    def _alone(self, given: Collection[str]) -> str:
+        """Why sequences are to run one at a time, whatever the model, if they are."""
+        if self.own.one_at_a_time:
+            return "one_at_a_time=True, as set"
+        return f"requests give the model {', '.join(sorted(given))} beside token ids" if given else ""
+
     def _fall_back(self, reason: NotPaged) -> None:
         """Have the next engine run the model in the next best way, or raise why it cannot be run in the best."""
         mode = self.mode.next_best
         if mode is None or (mode is Mode.SEQUENCES and not self.own.sequential_fallback):
             raise NotPaged(self._why_not_paged) from reason
-        if mode is Mode.SEQUENCES:
-            logger.warning(f"{mode.value}, which is slow: {self._why_not_paged}")
-        self.mode, self.loan.paged = mode, mode.paged
+        self._best = mode
+        self._turn_to(mode, self._why_not_paged)
 
-    def warm_up(self, workload: Workload, sampling: Sampling) -> None:
+    def _turn_to(self, mode: Mode, why: str) -> None:
+        """Have the next engine run the model that way."""
+        if mode is Mode.SEQUENCES and self.mode is not mode:
+            logger.warning(f"{mode.value}, which is slow: {why}")
+        self.mode, self._why = mode, why
+        self.loan.paged, self.loan.batched = mode.paged, mode is not Mode.SEQUENCES
+
+    def warm_up(self, workload: Workload, sampling: Sampling, given: Collection[str] = ()) -> None:
         """Prepare, and have the engine compile and capture what its largest steps need."""
-        self.prepare(workload)
+        self.prepare(workload, given)
         try:  # on a thread like the loop's, to which what is compiled is bound
             with ThreadPoolExecutor(1, thread_name_prefix="async-batching-warmup") as executor:
                 self.engine.lanes.enter()
@@ -104,7 +134,8 @@ class EngineKeeper:
         try:
             # The engine's thread writes to what is made here: no inference tensors, whatever the caller's mode.
             with torch.inference_mode(False), torch.no_grad():
-                if self.engine is None or not self.engine.fits(workload):
+                engine = self.engine
+                if engine is None or engine.settings.mode is not self.mode or not engine.fits(workload):
                     self.drop()
                     self.engine = self._new_engine(workload)
                 self.engine.attach()
@@ -119,14 +150,14 @@ class EngineKeeper:
             settings = resolve_engine(loan, found, *configs)
             self.choices = explain(settings, loan, *configs)
         elif self.mode is Mode.SEQUENCES:
-            found = Opening(loan.model)
+            found = Opening(loan)
             found.try_out()
             settings = resolve_sequential(loan, found, *configs)
-            self.choices = explain_sequential(settings, self._why_not_paged, *configs)
+            self.choices = explain_sequential(settings, self._why, *configs)
         else:
             found = Kept(loan)
             settings = resolve_states(loan, found, *configs)
-            self.choices = explain_states(settings, found, self._why_not_paged, *configs)
+            self.choices = explain_states(settings, found, self._why, *configs)
         if self.own.self_check and self.mode is not Mode.SEQUENCES:
             self_check.check(loan, found, settings)
         for choice in self.choices:

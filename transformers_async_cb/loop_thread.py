@@ -73,7 +73,7 @@ class LoopThread:
         if self.fatal_error is not None:
             self.keeper.drop()
             self.fatal_error = None
-        self.keeper.prepare(workload)
+        self.keeper.prepare(workload, self._door.given)
         if self.keeper.own.timeline is not None:
             self.recorder = Recorder()
         if self.recorder is not None:
@@ -142,7 +142,7 @@ class LoopThread:
     def timeline_of(self, recorder: Recorder) -> Timeline:
         """What was recorded, under the name of what ran. Raises `ValueError` when no step was."""
         model, overlap = self.keeper.loan.model, "on" if self.keeper.own.overlap else "off"
-        return Timeline.of(recorder, f"{type(model).__name__}, overlap {overlap}", model.device.type)
+        return Timeline.of(recorder, f"{type(model).__name__}, overlap {overlap}", self.keeper.loan.device.type)
 
     def _run(self) -> None:
         reason = "it has stopped"

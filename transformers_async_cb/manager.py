@@ -136,7 +136,7 @@ class AsyncBatchingManager:
 
     def model_digest(self) -> tuple:
         """What tells this model from others, the same in every process: its class, and exact sums over its weights
-        (quantised ones are not looked at)."""
+        (which are not there for some kinds of quantised ones)."""
         sums = self._keeper.loan.weights()[0]
         return type(self.model).__name__, sums if isinstance(sums, list) else None
 
@@ -188,7 +188,7 @@ class AsyncBatchingManager:
             if self.is_running():
                 logger.warning("the manager is running already")
                 return
-            self._keeper.warm_up(self.workload, self._door.sampling)
+            self._keeper.warm_up(self.workload, self._door.sampling, self._door.given)
 
     def start(self) -> None:
         """Begin to generate. Requests added before are taken first."""
@@ -398,7 +398,10 @@ class AsyncBatchingManager:
                 `num_return_sequences=3` two more results come, of `{request_id}__child#0` and `{request_id}__child#1`;
                 each has a seed of its own, and the prompt is computed once. And `presence_penalty`,
                 `frequency_penalty` and `logit_bias` (a dictionary from token ids to what is added to their logits),
-                which mean what they do in OpenAI's interface.
+                which mean what they do in OpenAI's interface. And what the model's `generate` takes beside token ids,
+                by the same names and for this request alone: `pixel_values=..., image_grid_thw=...`. Tensors are
+                copied. Such requests run where sequences run one at a time; for encoder-decoders, `input_ids` are the
+                encoder's, and `decoder_input_ids=...` what the decoder begins with.
 
         Returns:
             The request's id, which is also that of its first sequence.

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from . import attention
+from . import attention, weights
 from .attention import Attached, LayerShape, PagedLayer, Place
 from .attention.positions import TokensBefore
 from .attention.probe import NAME as PROBE
 from .attention.probe import probing
 from .linear import Products, noting_inputs
+from .model_inputs import has_own_generate
+from .placement import Placement
 
 
 # Parts beside the layers that are one kernel as they are, or nothing.
@@ -25,8 +28,6 @@ _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "sc
 
 # Tokens of the trial run.
 _TRIAL_TOKENS = 40
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NotPaged(ValueError):
@@ -40,10 +41,13 @@ class ModelLoan:
     from the same config object goes on as before. Parameters, buffers and hooks are never touched.
 
     Args:
-        model (`PreTrainedModel`): any decoder-only model whose attention goes through `AttentionInterface`.
+        model (`PreTrainedModel`): any that `generate` runs from token ids.
 
     Attributes:
         paged (`bool`): whether attention is ours while the model is out. Otherwise the model stays as it is.
+        batched (`bool`): whether its sequences are computed together while it is out.
+        placement (`Placement`): where the model computes.
+        autocast (`torch.dtype`, *optional*): of the autocast under which the model computes; see `note_autocast`.
 
     Raises:
         ValueError: the model cannot be run by this engine; the message says why.
@@ -63,22 +67,43 @@ class ModelLoan:
         self._compiled: dict[nn.Module, object] = {}  # and what they were before
         self._compiled_calls: dict[nn.Module, object] = {}  # made once: it takes a while to make them
         self._products: Products | None = None
+        self.autocast: torch.dtype | None = None
         self.out = False
-        self.paged = True
+        self.paged = self.batched = True
         self._refuse_unfit()
+        self.placement = Placement.of(model)
 
     def _refuse_unfit(self) -> None:
         model = self.model
         name = type(model).__name__
         if not isinstance(model, PreTrainedModel) or not model.can_generate():
             raise ValueError(f"{name} cannot generate: async_batching needs a transformers model with a language head")
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{name} is an encoder-decoder, async_batching runs decoder-only models")
-        devices = {str(p.device) for p in model.parameters()}
-        if len(devices) > 1:
-            raise ValueError(f"{name} is spread over {sorted(devices)}, async_batching needs it on one device")
+        encodes = model.config.is_encoder_decoder
+        if encodes and (model.main_input_name != "input_ids" or has_own_generate(model)):
+            raise ValueError(
+                f"{name} is an encoder-decoder that does not read token ids, or has a generate of its own, which "
+                "async_batching does not call"
+            )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise ValueError(f"{name} is split by tensor parallelism, which async_batching does not run yet")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, and begins to if it is spread over several."""
+        return self.placement.devices[0]
+
+    @property
+    def not_batched(self) -> str:
+        """Why its sequences cannot be computed together, if they cannot, whatever layers it has."""
+        name, devices = type(self.model).__name__, self.placement.devices
+        if self.model.config.is_encoder_decoder:
+            return f"{name} is an encoder-decoder, of which async_batching batches none"
+        if len(devices) > 1:
+            return (
+                f"{name} is spread over {', '.join(map(str, devices))}, and a batch of async_batching is laid out on "
+                "one device"
+            )
+        return ""
 
     @property
     def vocabulary(self) -> int:
@@ -118,6 +143,7 @@ class ModelLoan:
         """
         if getattr(self.model, self._MARK, False):
             raise RuntimeError("this model is generating already: stop the manager that has it first")
+        self.placement = Placement.of(self.model)  # which may have changed
         setattr(self.model, self._MARK, True)
         self.out = True
         copies: dict = {}
@@ -132,6 +158,8 @@ class ModelLoan:
             return
         name = type(self.model).__name__
         try:
+            if self.not_batched:
+                raise NotPaged(self.not_batched)
             if "position_ids" not in inspect.signature(self.model.forward).parameters:
                 raise NotPaged(
                     f"{name} counts positions itself (it takes no position_ids), async_batching packs sequences"
@@ -179,7 +207,7 @@ class ModelLoan:
         Raises:
             NotPaged: the model asks for something that is not supported.
         """
-        name, device = type(self.model).__name__, self.model.device
+        name, device = type(self.model).__name__, self.device
         count = min(_TRIAL_TOKENS, self.stated_positions or _TRIAL_TOKENS)
         positions = torch.arange(count, device=device)[None]
         seen = []
@@ -214,7 +242,7 @@ class ModelLoan:
                     "not ask for: async_batching would give other tokens than generate"
                 )
         for one, other in zip(*seen, strict=True) if packed else ():
-            close = 1e-4 if one.dtype == torch.float32 else 2e-2
+            close = 2e-2 if self.rounds else 1e-4
             if (one.float() - other.float()).norm() > close * one.float().norm():
                 raise NotPaged(
                     f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), or "
@@ -282,7 +310,7 @@ class ModelLoan:
     def baked_in(self) -> list:
         """What a captured step cannot see change: where the weights lie, the functions hooked to the modules, and
         which of its adapters (PEFT) a module uses."""
-        storages = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        storages = [tensor.data_ptr() for tensor in weights.stored(self.model)]
         hooks = [
             (type(m), vars(m).get("forward"), *m._forward_hooks.values(), *m._forward_pre_hooks.values())
             for m in self.model.modules()
@@ -290,26 +318,33 @@ class ModelLoan:
         adapters = [repr([vars(m).get(name) for name in _ADAPTER_STATE]) for m in self.model.modules()]
         return storages + hooks + adapters
 
-    @torch.no_grad()
     def weights(self) -> tuple:
-        """A digest of all weights, which it reads twice, to tell whether they have changed. Counters that autograd
-        keeps do not tell: writing through `.data` passes them by. Weights of a kind of their own (quantised ones) are
-        taken to have changed."""
-        device, sums, products = self.model.device, [], []
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if type(tensor) not in (torch.Tensor, nn.Parameter):
-                return (object(),)
-            if tensor.numel():
-                lines = tensor.detach().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
-                sums.append(lines.view(_INTEGERS[lines.itemsize]).sum(dtype=torch.int64).to(device))  # sees every bit
-                if lines.dtype in (torch.float32, torch.bfloat16, torch.float16):  # sees the order
-                    across, down = (torch.arange(n, device=lines.device).cos() for n in reversed(lines.shape))
-                    products.append(((lines @ across.to(lines.dtype)).double() @ down.double()).to(device))
-        return tuple(torch.stack(values).tolist() if values else None for values in (sums, products))
+        """See `weights.digest`."""
+        return weights.digest(self.model, self.device)
 
-    def form(self) -> list[tuple]:
-        """What an engine is built for: modules, and the shape, type and place of each weight."""
-        return [(type(m), *((p.shape, p.dtype, p.device) for p in m.parameters(False))) for m in self.model.modules()]
+    @property
+    def rounds(self) -> bool:
+        """Whether the model computes with less than the precision of float32 somewhere."""
+        return self.autocast is not None or weights.round_off(self.model)
+
+    def note_autocast(self) -> None:
+        """The model computes under the `torch.autocast` of the calling thread from now on, whatever thread runs it."""
+        kind = self.device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def autocasting(self) -> AbstractContextManager:
+        """Within, this thread has the noted autocast. Weights are cast at each use: they may change."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
+
+    def form(self) -> list:
+        """What an engine is built for: modules, the shape, type and place of each weight, where they compute, and
+        autocast."""
+        modules = [
+            (type(m), *((p.shape, p.dtype, p.device) for p in m.parameters(False))) for m in self.model.modules()
+        ]
+        return [self.autocast, self.placement, *modules]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of the packed tokens at `keep` `[R]`; `ids` and `positions` are `[1, T]`."""
@@ -318,7 +353,8 @@ class ModelLoan:
             kept["past_key_values"] = TokensBefore(positions)
         for module in self._attend_again:
             setattr(module, attention.TURN, 0)
-        logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits[0]
+        with self.autocasting():
+            logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits[0]
         return logits if self.takes_logits_to_keep else logits[keep]
 
 

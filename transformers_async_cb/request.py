@@ -15,6 +15,7 @@ from transformers.generation.continuous_batching import RequestStatus
 from .grammars import Constraint
 from .logits import Processors
 from .logprobs import PromptScores, Records, Words
+from .model_inputs import ModelInputs
 from .output import AsyncGenerationOutput, Streamed, StreamedOutput, own_logprobs
 from .sampling import TRUNCATED_WORDS
 from .stop_strings import StopStrings, TokenTexts
@@ -94,6 +95,7 @@ class Request:
     stopping_criteria: tuple[Callable, ...] = ()
     shaping: np.ndarray | None = None  # int32 [words], what is done to its logits
     processors: Processors | None = None  # the user's own; then there is a shaping too
+    inputs: ModelInputs | None = None  # of the model, beside its tokens
     constraint: Constraint | None = None  # follows the tokens known, and its mask is that of the next
     streaming: bool = False
     record_timestamps: bool = False
@@ -119,6 +121,12 @@ class Request:
         return self.prompt_length + self.max_new_tokens
 
     @property
+    def prompt(self) -> np.ndarray:
+        """What the user gave, int32 `[n]`: what the tokens begin with, or what an encoder reads."""
+        encoder_ids = None if self.inputs is None else self.inputs.encoder_ids
+        return self.tokens[: self.prompt_length] if encoder_ids is None else encoder_ids
+
+    @property
     def unscored(self) -> bool:
         """Whether tokens of the prompt have yet to get log-probabilities that were asked for."""
         return self.prompt_scores is not None and not self.prompt_scores.complete
@@ -138,7 +146,7 @@ class Request:
         scores = self.prompt_scores
         return AsyncGenerationOutput(
             request_id=self.id,
-            prompt_ids=self.tokens[: self.prompt_length].tolist(),
+            prompt_ids=self.prompt.tolist(),
             generated_tokens=self.tokens[self.prompt_length :].tolist(),
             logprobs=self.logprobs.tolist() if self.ranked is None else own_logprobs(self.ranked),
             error=self.error,
@@ -153,7 +161,7 @@ class Request:
     def stream(self, token: int, logprob: float | None, now: float, words: Words | None) -> StreamedOutput:
         """What the user gets with a token after which the request goes on."""
         if self.streamed is None:
-            self.streamed = Streamed(self.tokens[: self.prompt_length])
+            self.streamed = Streamed(self.prompt)
         self.streamed.tokens.append(token)
         if logprob is not None:
             self.streamed.logprobs.append(logprob)
@@ -205,6 +213,7 @@ class Rows:
         self.filtered = np.zeros(count, bool)  # top-k, top-p or min-p
         self.shaped = np.zeros(count, bool)  # something is done to their logits
         self.processed = np.zeros(count, bool)  # by processors of the user's
+        self.given = np.zeros(count, bool)  # inputs of the model, beside its tokens
         self.masked = np.zeros(count, bool)  # only some tokens may come: not planned before the last one is known
         self.truncated = np.zeros(count, bool)  # by a rare rule
         self.truncations = np.zeros((count, TRUNCATED_WORDS - 1), np.int32)
@@ -250,6 +259,7 @@ class Rows:
             self.truncations[row] = request.sampling.truncation()
         self.shaped[row] = request.shaping is not None
         self.processed[row] = request.processors is not None
+        self.given[row] = request.inputs is not None
         self.masked[row] = request.constraint is not None
         if len(request.eos_ids) > self.eos.shape[1]:
             grown = np.full((self.count, len(request.eos_ids)), -1, np.int32)

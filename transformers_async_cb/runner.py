@@ -61,7 +61,7 @@ class Runner:
 
     def __init__(self, loan: ModelLoan, shapes: dict[Place, LayerShape], rows: Rows, settings: EngineSettings) -> None:
         self.loan = loan
-        self.device = loan.model.device
+        self.device = loan.device
         self.rows = rows
         self.layout = settings.layout
         self.page_sizes = [group.page_size for group in self.layout.groups]

@@ -295,7 +295,9 @@ class Scheduler:
         r.in_flight[plan.rows] -= 1
         live = plan.samples & (r.phase[plan.rows] <= Phase.PREEMPTED)
         self.discarded += int(plan.samples.sum() - live.sum())
-        refused = self._endings.refused(plan.rows[live], ids[live]) if plan.processed or plan.masked else {}
+        refused: dict[int, str] = {}
+        if plan.processed or plan.masked or r.given[plan.rows].any():
+            refused = self._endings.refused(plan.rows[live], ids[live])
         if refused:
             live &= ~np.isin(plan.rows, list(refused))
         rows, tokens = plan.rows[live], ids[live]

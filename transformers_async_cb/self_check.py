@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import __version__
@@ -47,8 +46,7 @@ NEW_TOKENS = 4
 _MOST_WORK = {"cpu": 2e10, "cuda": 1e14}
 # How far the logits of a sequence may be off, as a share of their size. Half precision rounds, and experts are chosen
 # anew where it does, so this is for the median.
-_CLOSE = {torch.float32: 1e-3}
-_CLOSE_ROUNDED = 0.1
+_CLOSE, _CLOSE_ROUNDED = 1e-3, 0.1
 
 
 class Trial(NamedTuple):
@@ -93,7 +91,7 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
         NotPaged: the logits differ.
     """
     model, begin = loan.model, time.perf_counter()
-    digest = _digest(model, settings)
+    digest = _digest(loan, settings)
     if digest in _passed or digest in _read_file():
         return
     with_states = isinstance(found, Kept)
@@ -109,7 +107,7 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
     loan.paged = False
     try:
         loan.borrow()
-        opening = Opening(model)
+        opening = Opening(loan)
         expected = [_one_by_one(opening, trial, len(prompt)) for trial, prompt in zip(trials, prompts, strict=True)]
     except ValueError as error:
         logger.info(f"{type(model).__name__} cannot be compared with generate: {error}")
@@ -120,7 +118,7 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
         loan.borrow()
     for trial, logits in zip(trials, expected, strict=True):
         off = statistics.median(difference(a, b) for a, b in zip(trial.logits, logits, strict=True))
-        if not off <= _CLOSE.get(model.dtype, _CLOSE_ROUNDED):
+        if not off <= (_CLOSE_ROUNDED if loan.rounds else _CLOSE):
             batched = "with batched states" if with_states else "on pages"
             raise NotPaged(
                 f"{type(model).__name__} gets other logits {batched} of async_batching than in generate, off by "
@@ -185,7 +183,7 @@ def _prompt_length(loan: ModelLoan, shapes: dict[Place, LayerShape]) -> int:
     model = loan.model
     windows = [shape.window or shape.chunk for shape in shapes.values()]
     work = sum(parameter.numel() for parameter in model.parameters()) * 6  # two prompts, twice
-    most = _MOST_WORK.get(model.device.type, _MOST_WORK["cpu"]) / work
+    most = _MOST_WORK.get(loan.device.type, _MOST_WORK["cpu"]) / work
     wanted = max([SHORTEST, *(window + 3 for window in windows)])
     positions = loan.position_limit()[0] or 2 * wanted + NEW_TOKENS
     return int(min(max(SHORTEST, min(wanted, most)), max(1, (positions - NEW_TOKENS) // 2)))
@@ -196,11 +194,13 @@ def _tokens(count: int, vocabulary: int) -> np.ndarray:
     return (2 + (31 * np.arange(count)) % max(1, min(vocabulary, 512) - 2)).astype(np.int32)
 
 
-def _digest(model: PreTrainedModel, settings: EngineSettings) -> str:
+def _digest(loan: ModelLoan, settings: EngineSettings) -> str:
     """Of all that decides whether a model passes."""
+    model = loan.model
     of_it = (
         type(model).__module__, type(model).__qualname__, model.config.to_json_string(use_diff=False),
-        str(model.dtype), model.device.type, settings.mode.name, settings.backend, settings.page_size,
+        sorted({f"{type(p).__name__} {p.dtype}" for p in model.parameters()}), str(loan.autocast),
+        loan.device.type, settings.mode.name, settings.backend, settings.page_size,
         transformers.__version__, torch.__version__, __version__,
     )  # fmt: skip
     return hashlib.blake2b(repr(of_it).encode(), digest_size=16).hexdigest()

@@ -14,6 +14,7 @@ from .attention import LayerShape, Place
 from .config import AsyncBatchingConfig
 from .inputs import Bucket, StepArrays
 from .model import ModelLoan
+from .model_inputs import ModelInputs
 from .request import Rows
 from .runner import Runner
 from .sampling import Flavour
@@ -56,7 +57,9 @@ class Sequence:
             inputs["logits_to_keep"] = 0
         outputs = self._model(**inputs, return_dict=True)
         # The hook that models override, which loops given as `custom_generate` call too.
-        self.kwargs = self._model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        self.kwargs = self._model._update_model_kwargs_for_generation(
+            outputs, self.kwargs, is_encoder_decoder=self._model.config.is_encoder_decoder
+        )
         return outputs.logits[0] if every else outputs.logits[:, -1]
 
     @property
@@ -69,17 +72,21 @@ class Opening:
     """How `generate` begins a sequence of the model, noted once; and what a sequence takes, once that was tried.
 
     Args:
-        model (`PreTrainedModel`): on loan, as it is.
+        loan (`ModelLoan`): the model, borrowed as it is.
 
     Raises:
         ValueError: a sequence cannot be begun from tokens alone.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, loan: ModelLoan) -> None:
+        self._loan = loan
+        self._model = loan.model
         self.kept_per_token = self.bytes_per_sequence = 0
-        with self._refusing():
-            self._kwargs = _begun_by_generate(model)
+        self._kwargs: dict[str, Any] = {}
+        self._logits = torch.empty(0)  # some
+        if not self._model.config.is_encoder_decoder:
+            with self._refusing():
+                self._kwargs = self._of_tokens_alone()
 
     @contextmanager
     def _refusing(self) -> Generator[None]:
@@ -104,56 +111,94 @@ class Opening:
             kwargs["attention_mask"] = mask.new_ones(1, length)
         return Sequence(self._model, kwargs)
 
+    def begin_with(self, inputs: ModelInputs, ids: torch.Tensor) -> Sequence:
+        """A sequence with inputs of its own, as `generate` prepares it: an encoder runs here.
+
+        Args:
+            ids (`torch.Tensor`): `[1, n]`, what the sequence begins with.
+        """
+        given = inputs.on(self._loan.device)
+        if inputs.encoder_ids is not None:
+            begun_with, kwargs = self._prepared(given | {"decoder_input_ids": ids}, decoder_start=int(ids[0, 0]))
+        else:
+            given |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            begun_with, kwargs = self._prepared(given)
+        if not torch.equal(begun_with, ids):
+            raise NotImplementedError(f"generate begins with other tokens: {begun_with.tolist()}")
+        return Sequence(self._model, kwargs)
+
     def try_out(self) -> None:
         """Measure a sequence, and see that two that take turns get the logits that each gets alone.
 
         Raises:
             ValueError: they do not.
         """
-        short, long, token = (_some_tokens(count, self._model.device) for count in (_SHORT, _LONG, 1))
+        token = _some_tokens(1, self._loan.device)
         with self._refusing():
-            alone = self.begin(_SHORT)
-            expected = [alone.advance(ids) for ids in (short, token, token)]
-            one, other = self.begin(_SHORT), self.begin(_LONG)
-            found = [one.advance(short)]
-            other.advance(long)
+            alone, ids = self._some_sequence(_SHORT)
+            expected = [alone.advance(each) for each in (ids, token, token)]
+            one, ids = self._some_sequence(_SHORT)
+            other, other_ids = self._some_sequence(_LONG)
+            found = [one.advance(ids)]
+            other.advance(other_ids)
             sizes = one.bytes, other.bytes
             for _ in range(2):
                 found.append(one.advance(token))
                 other.advance(token)
             for logits, alone_logits in zip(found, expected, strict=True):
-                if difference(logits, alone_logits) > (1e-4 if logits.dtype == torch.float32 else 2e-2):
+                if difference(logits, alone_logits) > (2e-2 if self._loan.rounds else 1e-4):
                     raise NotImplementedError(
                         "it keeps something of a sequence outside of its cache, where another sequence changes it"
                     )
+        self._logits = found[0]
         self.kept_per_token = max(1, (sizes[1] - sizes[0]) // (_LONG - _SHORT))
         self.bytes_per_sequence = max(0, sizes[0] - self.kept_per_token * _SHORT)
 
+    def no_logits(self, count: int) -> torch.Tensor:
+        """`[count, V]` in the place of those of a sequence that failed."""
+        return self._logits.new_zeros(count, self._logits.shape[-1])
 
-def _begun_by_generate(model: PreTrainedModel) -> dict[str, Any]:
-    """What `generate` prepares for the model before its loop, beside the ids: an empty cache, positions, flags.
+    def _some_sequence(self, length: int) -> tuple[Sequence, torch.Tensor]:
+        """A sequence that begins with so many tokens, or whose encoder reads so many; and what it begins with."""
+        ids = _some_tokens(length, self._loan.device)
+        if not self._model.config.is_encoder_decoder:
+            return self.begin(length), ids
+        return self.begin_with(ModelInputs({}, ids[0].cpu().numpy()), ids[:, :1]), ids[:, :1]
 
-    Raises:
-        NotImplementedError: there is more than can be prepared anew for other tokens.
-    """
-    begun: dict[str, Any] = {}
+    def _of_tokens_alone(self) -> dict[str, Any]:
+        """What `generate` gives the model beside the ids: an empty cache, positions, flags.
 
-    def note(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        begun.update(kwargs)
-        return input_ids
+        Raises:
+            NotImplementedError: there is more than can be prepared anew for other tokens.
+        """
+        ids = _some_tokens(_SHORT, self._loan.device)
+        _, begun = self._prepared({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        tensors = {name for name, value in begun.items() if isinstance(value, torch.Tensor)}
+        if unknown := sorted(tensors - {"position_ids", "attention_mask"}):
+            raise NotImplementedError(f"generate prepares {', '.join(unknown)} for it")
+        return begun
 
-    ids = _some_tokens(_SHORT, model.device)
-    kind = None if model.generation_config.cache_implementation is None else "dynamic"
-    config = GenerationConfig(
-        max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0, cache_implementation=kind
-    )
-    model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, custom_generate=note)
-    for of_the_loop in ("logits_processor", "stopping_criteria", "generation_config"):
-        begun.pop(of_the_loop)
-    tensors = {name for name, value in begun.items() if isinstance(value, torch.Tensor)}
-    if unknown := sorted(tensors - {"position_ids", "attention_mask"}):
-        raise NotImplementedError(f"generate prepares {', '.join(unknown)} for it")
-    return begun
+    def _prepared(
+        self, given: dict[str, Any], decoder_start: int | None = None
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """The ids with which `generate` enters its loop when it is `given` these keyword arguments, and what it gives
+        the model beside them."""
+        begun: dict[str, Any] = {}
+
+        def note(model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            begun.update(kwargs)
+            return input_ids
+
+        model = self._model
+        kind = None if model.generation_config.cache_implementation is None else "dynamic"
+        config = GenerationConfig(
+            max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0, cache_implementation=kind,
+            decoder_start_token_id=decoder_start,
+        )  # fmt: skip
+        ids = model.generate(**given, generation_config=config, custom_generate=note)
+        for of_the_loop in ("logits_processor", "stopping_criteria", "generation_config"):
+            begun.pop(of_the_loop)
+        return ids, begun
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -223,6 +268,13 @@ def resolve_sequential(
     )
 
 
+class Beginning(NamedTuple):
+    """What a sequence begins with, beside its tokens."""
+
+    inputs: ModelInputs | None
+    prompt_length: int
+
+
 class SequentialKey(NamedTuple):
     """One step, as `SequentialRunner` needs it: nothing of it is made for another."""
 
@@ -230,7 +282,7 @@ class SequentialKey(NamedTuple):
     flavour: Flavour
     rows: tuple[int, ...]
     counts: tuple[int, ...]  # tokens of each
-    fresh: tuple[int, ...]  # rows that begin
+    fresh: tuple[tuple[int, Beginning], ...]  # rows that begin
     free: tuple[int, ...]  # rows that nobody has
 
 
@@ -249,19 +301,24 @@ class SequentialRunner(Runner):
         super().__init__(loan, {}, rows, settings)
         self.pads = False
         self._opening = opening
-        self._sequences: dict[int, Sequence] = {}  # by row; the compute lane's
+        self._sequences: dict[int, Sequence] = {}  # by row, as are the next; the compute lane's
+        self._inputs: dict[int, ModelInputs | None] = {}
 
     def key_for(self, plan: Plan) -> SequentialKey:
         free = tuple(row for row, request in enumerate(self.rows.request) if request is None)
         bucket = Bucket(plan.tokens, len(plan.rows), plan.decodes == len(plan.rows))
         rows, counts = tuple(plan.rows.tolist()), tuple(plan.counts.tolist())
-        return SequentialKey(bucket, self.flavour(plan), rows, counts, tuple(plan.fresh), free)
+        requests = [self.rows.request[row] for row in plan.fresh]
+        fresh = tuple((row, Beginning(r.inputs, r.prompt_length)) for row, r in zip(plan.fresh, requests, strict=True))
+        return SequentialKey(bucket, self.flavour(plan), rows, counts, fresh, free)
 
     def rest(self) -> None:
         self._sequences.clear()
+        self._inputs.clear()
 
     def release_pages(self) -> None:
         self._sequences.clear()
+        self._inputs.clear()
         super().release_pages()
 
     def _forward(
@@ -269,10 +326,42 @@ class SequentialRunner(Runner):
     ) -> torch.Tensor:
         for row in key.free:
             self._sequences.pop(row, None)
+            self._inputs.pop(row, None)
+        fresh = dict(key.fresh)
         logits, at, every = [], 0, key.flavour.scored > 0
         for row, count in zip(key.rows, key.counts, strict=True):
-            if row in key.fresh:
-                self._sequences[row] = self._opening.begin(count)
-            logits.append(self._sequences[row].advance(ids[None, at : at + count], every))
+            with self.loan.autocasting():
+                logits.append(self._advance(row, fresh.get(row), ids[None, at : at + count], every))
             at += count
-        return torch.cat(logits)[keep] if every else torch.cat(logits)
+        found = torch.cat(logits).to(self.device)  # a model may end on another device than it begins
+        return found[keep] if every else found
+
+    def _advance(self, row: int, beginning: Beginning | None, ids: torch.Tensor, every: bool) -> torch.Tensor:
+        """What `Sequence.advance` returns for a row. What its own inputs make fail ends its request alone."""
+        if beginning is not None:
+            self._inputs[row] = beginning.inputs
+        inputs = self._inputs[row]
+        if inputs is None:
+            if beginning is not None:
+                self._sequences[row] = self._opening.begin(ids.shape[1])
+            return self._sequences[row].advance(ids, every)
+        count = ids.shape[1] if every else 1
+        if inputs.error is None:
+            try:
+                pieces = [ids]
+                if beginning is not None:
+                    length = beginning.prompt_length
+                    self._sequences[row] = self._opening.begin_with(inputs, ids[:, :length])
+                    # There is more than the prompt if the request was preempted.
+                    pieces = [ids[:, :length], *(ids[:, at : at + 1] for at in range(length, ids.shape[1]))]
+                logits = [self._sequences[row].advance(piece, every) for piece in pieces]
+                found = torch.cat(logits) if every else logits[-1]
+                if len(found) != count:
+                    raise ValueError(f"it returns the logits of {len(found)} tokens for {count}")
+                return found
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                names = ", ".join(inputs.names) or "prompt"
+                inputs.error = f"the model fails with its {names}: {type(error).__name__}: {error}"
+        return self._opening.no_logits(count)

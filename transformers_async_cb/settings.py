@@ -71,6 +71,7 @@ class GenerationSettings(NamedTuple):
     stop_strings: tuple[str, ...]
     max_time: float  # seconds
     sequences: int  # answers to a prompt
+    decoder_start: int | None  # the token that the decoder of an encoder-decoder begins with
     sampling: Sampling  # all but the seed
     logits: LogitsSettings | None
 
@@ -128,6 +129,7 @@ def resolve_generation(
     sequences = 1 if merged.num_return_sequences is None else merged.num_return_sequences
     if isinstance(sequences, bool) or not isinstance(sequences, Integral) or sequences < 1:
         raise ValueError(f"num_return_sequences must be an integer of 1 or more, got {sequences!r}")
+    start = merged.decoder_start_token_id if merged.decoder_start_token_id is not None else merged.bos_token_id
     return GenerationSettings(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
@@ -135,6 +137,7 @@ def resolve_generation(
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
         max_time=check_seconds(merged.max_time, "max_time", "generation_config"),
         sequences=int(sequences),
+        decoder_start=start[0] if isinstance(start, list) and len(start) == 1 else start,
         sampling=_sampling(merged) if do_sample else Sampling(),
         logits=LogitsSettings.of(merged, own, model.get_input_embeddings().num_embeddings),
     )
@@ -397,7 +400,7 @@ def resolve_engine(
     Raises:
         ValueError: there is no memory for a single page.
     """
-    device = loan.model.device
+    device = loan.device
     cuda = device.type == "cuda"
     position_limit, _ = loan.position_limit()
     stated = stated_page_size(batching)
@@ -422,7 +425,7 @@ def resolve_engine(
     room = layout.longest(pages) or longest
     longest = min(longest, room) if longest else room or pages * page_size
     columns = -(-longest // page_size)
-    graphs = batching.use_cuda_graph
+    graphs, in_place = batching.use_cuda_graph, not loan.placement.offloaded
     return EngineSettings(
         page_size=page_size,
         layout=layout,
@@ -436,9 +439,9 @@ def resolve_engine(
         host_pages=_host_pages(batching, page_bytes),
         reserve=batching.safety_margin or 0.0,
         backend=(backend := choose_backend(own.attention_backend, device)),
-        fused=cuda if own.fuse_projections is None else own.fuse_projections,
-        compiled=cuda if own.compile_layers is None else own.compile_layers,
-        graphs=cuda and backend != "reference" and graphs not in (False, (False, False), [False, False]),
+        fused=in_place and loan.autocast is None and (cuda if own.fuse_projections is None else own.fuse_projections),
+        compiled=in_place and (cuda if own.compile_layers is None else own.compile_layers),
+        graphs=in_place and cuda and backend != "reference" and graphs not in (False, (False, False), [False, False]),
         logprobs=batching.return_logprobs,
         reuse=batching.allow_block_sharing,
         overlap=own.overlap and batching.use_async_batching is not False,

@@ -152,8 +152,9 @@ def attention_forward(
         attached = turns[turn]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    dtype = attached.key_pages.dtype  # autocast's where that is on, as for torch's own attention
     out = paged_attention(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)),
+        *(x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)),
         attached.key_pages, attached.value_pages, scaling, attached.group, attached.window, attached.chunk,
         softcap or 0.0, s_aux,
     )  # fmt: skip

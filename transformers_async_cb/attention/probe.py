@@ -74,13 +74,15 @@ class Probe:
             window, chunk = self._span(name, attention_mask, window)
         place = Place(module, self._turns[module])
         self._turns[module] += 1
+        kind = key.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else key.dtype
         tensors = tuple((x.data_ptr(), x.shape, x.stride()) for x in (key, value))
         source = self._sources.setdefault(tensors, place)
         self.shapes[place] = LayerShape(
-            kv_heads, key.shape[3], value.shape[3], key.dtype, window, chunk, None if source == place else source
+            kv_heads, key.shape[3], value.shape[3], dtype, window, chunk, None if source == place else source
         )
         self.inputs += [x[0, :, -1] for x in (query, key, value)]  # views: nobody else gets their memory meanwhile
-        return query.new_zeros(query.shape[0], query.shape[2], heads, value.shape[3])
+        return query.new_zeros(query.shape[0], query.shape[2], heads, value.shape[3], dtype=dtype)
 
     def _span(self, name: str, mask: torch.Tensor, window: int) -> tuple[int, int]:
         """The window and the chunk that make a causal mask this one: `window`, where the layer states it, or else a

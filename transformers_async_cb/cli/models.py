@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
-from ..matrix import FAILING, MODES, Verdict, judge_all, model_types
+from ..matrix import FAILING, MODES, TASKS, Verdict, judge_all, model_types
 from .arguments import positive
 
 
@@ -26,19 +26,27 @@ _COLOURS = {"wrong": "bold red", "failed": "red", "refused": "yellow", "skipped"
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "models", help="try every causal language model of the installed transformers, small, against model.generate"
+        "models", help="try every model of the installed transformers that generates text, small, against generate"
     )
     parser.set_defaults(run=run)
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="processes side by side (default: 1)")
     parser.add_argument(
-        "--only", nargs="+", choices=model_types(), metavar="NAME", help="model types, as in AutoModelForCausalLM"
-    )
+        "--task", choices=TASKS, default="text",
+        help="models that transformers lists for causal text (the default), for images and text, which are given text "
+        "alone, or for text from text",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="model types, as in AutoModelForCausalLM")
     parser.add_argument("--json", metavar="FILE", help="write the table there as well")
 
 
 def run(options: argparse.Namespace) -> None:
     """Judge, show and save; exits with 1 if a model was wrong or failed."""
-    names, console = options.only or model_types(), Console()
+    names, console = model_types(options.task), Console()
+    if options.only:
+        wanted = [name if options.task == "text" else f"{name} ({options.task})" for name in options.only]
+        if unknown := sorted(set(wanted) - set(names)):
+            sys.exit(f"transformers {transformers.__version__} lists no {', '.join(unknown)}")
+        names = wanted
     verdicts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:

@@ -215,7 +215,7 @@ def _joinable(linear: nn.Linear, other: nn.Linear, uses: dict[int, int]) -> bool
         linear.in_features == other.in_features
         and linear.weight.dtype == other.weight.dtype
         and (linear.bias is None) == (other.bias is None)
-        and all(uses[id(p)] == 1 and p.is_contiguous() for p in parameters)
+        and all(uses.get(id(p)) == 1 and p.is_contiguous() for p in parameters)
         and all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parameters)
     )
 

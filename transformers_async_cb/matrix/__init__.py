@@ -1,8 +1,8 @@
 """Every architecture of the installed transformers against `model.generate`."""
 
 from .processes import judge_all
-from .small import model_types
+from .small import TASKS, model_types
 from .verdict import FAILING, MODES, Verdict, judge
 
 
-__all__ = ["FAILING", "MODES", "Verdict", "judge", "judge_all", "model_types"]
+__all__ = ["FAILING", "MODES", "TASKS", "Verdict", "judge", "judge_all", "model_types"]

@@ -1,4 +1,4 @@
-"""Every causal language model that transformers lists, from a config made small."""
+"""Every model that transformers lists to generate text, from a config made small."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto as auto
 
 
+# What models of a list of transformers do, and the list: of model types, and of classes by config.
+TASKS = {
+    "text": (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+    "multimodal": (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    "encoder-decoder": (
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    ),
+}
 VOCABULARY = 128
 # Ids below are left to the special tokens of configs: prompts have none of them.
 FIRST_ORDINARY = 16
@@ -91,8 +100,15 @@ _DOTS3_NOTE = {
     "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 16,
     "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
 }  # fmt: skip
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 # What single models need beside that, by model type; a name with dots is a field of a part.
 _OWN: dict[str, dict[str, Any]] = {
+    **{
+        name: {"text_config.rope_parameters": _MROPE}
+        for name in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "paddleocr_vl")
+    },
+    **{name: {"feed_forward_proj": "gated-gelu"} for name in ("t5", "longt5")},  # others repeat one token
+    "glm4v_moe": {"text_config.rope_parameters": _MROPE | {"mrope_section": [2, 1, 1]}},
     "bailing_hybrid": {"layer_group_size": 2, "linear_head_dim": 8},
     "bamba": {"attn_layer_indices": [1, 3], "mamba_d_head": 16},
     "blt": {"encoder_hash_byte_group_vocab": 512, "patch_in_forward": False},
@@ -137,9 +153,11 @@ SKIPPED: dict[str, str] = {
 }
 
 
-def model_types() -> list[str]:
-    """Of all causal language models that transformers lists."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def model_types(task: str = "text") -> list[str]:
+    """Of all models that transformers lists for one of `TASKS`. But for `"text"`, the task is in the names:
+    `"t5 (encoder-decoder)"`."""
+    names = list(TASKS[task][0])
+    return names if task == "text" else [f"{name} ({task})" for name in names]
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
@@ -189,8 +207,9 @@ def small_model(model_type: str, seed: int = 0, spread: float = 0.3) -> PreTrain
         ValueError: it is not small.
         Exception: whatever the model has against its config.
     """
-    config = small_config(model_type)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    name, _, task = model_type.partition(" (")
+    config = small_config(name)
+    model_class = TASKS[task.rstrip(")") or "text"][1][type(config)]
     parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
     config = next((part for part in parts if isinstance(part, model_class.config_class)), config)
     with torch.device("meta"):
@@ -203,5 +222,5 @@ def small_model(model_type: str, seed: int = 0, spread: float = 0.3) -> PreTrain
         for parameter in model.parameters():
             if parameter.ndim > 1 and parameter.is_floating_point():
                 parameter.normal_(0, spread)
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    model.generation_config = GenerationConfig(pad_token_id=0, decoder_start_token_id=2)
     return model

@@ -120,7 +120,7 @@ def _greedy() -> GenerationConfig:
 def _generate(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=_greedy())
-    return answer[0, len(prompt) :].tolist()
+    return answer[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
 
 
 def _sentence(error: Exception) -> str:
