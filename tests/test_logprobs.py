@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from conftest import (
@@ -32,18 +30,27 @@ EOS_IDS = [3, 17, 31, 50, 77, 90]
 
 
 def close(ours: list[float], theirs: torch.Tensor) -> None:
-    torch.testing.assert_close(torch.tensor(ours), theirs.cpu(), rtol=0, atol=2e-5)
+    """On a GPU two passes in float32 are up to 2e-5 from what is exact, either way."""
+    torch.testing.assert_close(torch.tensor(ours), theirs.cpu(), rtol=0, atol=4e-5 if theirs.is_cuda else 2e-5)
+
+
+def check_likeliest(ours: list[dict[int, float]], logprobs: torch.Tensor, wanted: int) -> None:
+    """Those that are as likely, but for rounding, may come in either order."""
+    values = [list(of_token.values()) for of_token in ours]
+    ids = torch.tensor([list(of_token) for of_token in ours], device=logprobs.device)
+    assert values == [sorted(row, reverse=True) for row in values]
+    assert all(len(of_token) == wanted for of_token in ours)
+    close(values, logprobs.topk(wanted).values)
+    close(values, logprobs.gather(1, ids))
 
 
 def check(model: PreTrainedModel, output: AsyncGenerationOutput, top: int | None, prompt_top: int | None) -> None:
-    """Against the logits of one pass over prompt and answer; on a GPU in float64, as there the rounding of two such
-    passes in float32 alone may come to 2e-5."""
+    """Against the logits of one pass over prompt and answer."""
     assert output.error is None
     prompt, tokens = output.prompt_ids, output.generated_tokens
     ids = torch.tensor([prompt + tokens], device=model.device)
     with torch.no_grad():
-        exact = copy.deepcopy(model).double() if model.device.type == "cuda" else model
-        logprobs = exact(ids).logits[0, :-1].log_softmax(-1).float()
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1)
     for of_tokens, likeliest, wanted, part in (
         (output.logprobs, output.top_logprobs, top, slice(len(prompt) - 1, None)),
         (output.prompt_logprobs, output.prompt_top_logprobs, prompt_top, slice(0, len(prompt) - 1)),
@@ -51,9 +58,7 @@ def check(model: PreTrainedModel, output: AsyncGenerationOutput, top: int | None
         if wanted is not None:
             close(of_tokens, logprobs[part].gather(1, ids[0, 1:][part, None])[:, 0])
         if wanted:
-            expected = logprobs[part].topk(wanted)
-            assert [list(of_token) for of_token in likeliest] == expected.indices.tolist()
-            close([list(of_token.values()) for of_token in likeliest], expected.values)
+            check_likeliest(likeliest, logprobs[part], wanted)
 
 
 class TestOfGeneratedTokens:
@@ -77,9 +82,7 @@ class TestOfGeneratedTokens:
             tokens, logprobs = whole.sequences[0, len(prompt) :], torch.stack(whole.logits)[:, 0].log_softmax(-1)
             assert output.generated_tokens == tokens.tolist()
             close(output.logprobs, logprobs.gather(1, tokens[:, None])[:, 0])
-            expected = logprobs.topk(5)
-            assert [list(of_token) for of_token in output.top_logprobs] == expected.indices.tolist()
-            close([list(of_token.values()) for of_token in output.top_logprobs], expected.values)
+            check_likeliest(output.top_logprobs, logprobs, 5)
 
     @DEVICES
     def test_are_the_models_own_whatever_is_done_to_the_logits(self, device: str) -> None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import greedy, new_model, random_prompts
 from test_grammars import tokenizer
+from test_model_inputs import asked
+from test_model_inputs import new_model as seeing_model
 
 import transformers_async_cb
 from transformers_async_cb import cli
@@ -59,8 +61,20 @@ def names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str,
     model.destroy_cached_continuous_batching_manager()
 
 
+def names_with_images() -> dict[str, Any]:
+    """A model that sees, a processor for it, and what it is asked: texts and images."""
+
+    def processor(text: str, images: int, return_tensors: str) -> dict[str, torch.Tensor]:
+        prompt, inputs = asked("llava", len(text), images)
+        return {"input_ids": torch.tensor([prompt]), **inputs}
+
+    return {"model": seeing_model("llava"), "processor": processor, "asked": [("ab", 0), ("cde", 1)]}
+
+
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_runs_as_it_stands(code: str, names: dict[str, Any]) -> None:
+    if "processor" in code:
+        names |= names_with_images()
     coroutine = eval(compile(code, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
     if coroutine is not None:
         asyncio.run(coroutine)
