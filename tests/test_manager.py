@@ -1142,7 +1142,7 @@ class TestSurroundings:
         with started(llama) as manager:
             with monkeypatch.context() as interrupting:
                 interrupting.setattr(
-                    manager._mailbox._condition, "wait_for", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                    manager._mailbox.lock, "wait_for", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
                 )
                 with pytest.raises(KeyboardInterrupt), manager.pause():
                     pass
