@@ -1163,7 +1163,7 @@ class TestPriorities:
 
     def test_that_are_no_integers_are_refused(self, llama) -> None:
         manager = llama.init_continuous_batching(greedy(8), async_batching=True)
-        for priority in ("high", 1.5, None, True):
+        for priority in ("high", 1.5, None, True, 2**31, -(2**70)):
             with pytest.raises(ValueError, match="request mine: priority must be an integer"):
                 manager.add_request([1, 2, 3], request_id="mine", priority=priority)
         manager.stop()

@@ -226,7 +226,7 @@ class Door:
                 processors = self._processors
             else:
                 processors = check_logits_processor(logits_processor, name)
-            eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
+            eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id, name)
             likeliest = check_likeliest(logprobs, self._vocabulary, "logprobs", name)
             if prompt_logprobs is not None and self._encodes:
                 raise ValueError(f"{name}: prompt_logprobs: an encoder reads the prompt, nothing is generated from it")
