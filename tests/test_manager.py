@@ -443,6 +443,24 @@ class TestCancelling:
                 assert output.error is None
                 assert len(output.generated_tokens) == 40
 
+    def test_does_not_wait_for_a_check_on_another_thread(self, llama) -> None:
+        """The collector may drop a stream while the loop reads its mail, for which that check waits in turn."""
+        with started(llama, greedy(LONG)) as manager:
+            request_id = manager.add_request(PROMPT)
+            checking, done = threading.Event(), threading.Event()
+
+            def check() -> None:
+                with manager._submission._lock:
+                    checking.set()
+                    done.wait(PATIENCE)
+
+            join = in_thread(check)
+            checking.wait(PATIENCE)
+            in_thread(lambda: manager.cancel_request(request_id))()
+            done.set()
+            join()
+            assert "cancelled" in ended(manager.get_result(request_id, PATIENCE)).error
+
     def test_twice_gives_one_result(self, llama) -> None:
         with started(llama, greedy(LONG)) as manager:
             request_id = manager.add_request(PROMPT)

@@ -276,7 +276,7 @@ class Door:
     def let_in(self, requests: list[Request]) -> None:
         """From now on their ids are in use."""
         self._arrivals += len(requests)
-        self.live.update((request.id, request) for request in requests)
+        self.live.update({request.id: request for request in requests})  # at once, for who cancels meanwhile
         while f"req_{self._counter}" in self.live:
             self._counter += 1
 

@@ -17,6 +17,8 @@ class Submission:
     """Has the requests of a call checked at the door, and posts them: all of them, or none if one is not valid.
 
     Checks of several threads take turns. What may take long, grammars and the wait for room, holds nobody else up.
+    Cancelling waits for no turn: a stream that is collected does so on whatever thread that happens, the loop's too,
+    which may hold the mailbox.
 
     Args:
         door (`Door`): checks them, and knows those that are live.
@@ -26,7 +28,7 @@ class Submission:
     def __init__(self, door: Door, mailbox: Mailbox) -> None:
         self._door = door
         self._mailbox = mailbox
-        self._lock = threading.RLock()  # of the door; a stream that is collected cancels on whatever thread this is
+        self._lock = threading.RLock()  # of the door
 
     def add(
         self,
@@ -87,16 +89,14 @@ class Submission:
 
     def cancel(self, request_id: str) -> None:
         """Have the sequences of that request, or the one sequence of that id, ended."""
-        with self._lock:
-            for request in self._door.sequences(request_id):
-                self._mailbox.cancel(request)
+        for request in self._door.sequences(request_id):
+            self._mailbox.cancel(request)
 
     def cancel_sequences(self, sequence_ids: Iterable[str]) -> None:
         """Have the sequences of those ids ended, each alone."""
-        with self._lock:
-            for request in map(self._door.live.get, sequence_ids):
-                if request is not None:
-                    self._mailbox.cancel(request)
+        for request in map(self._door.live.get, sequence_ids):
+            if request is not None:
+                self._mailbox.cancel(request)
 
     def close(self, reason: str) -> list[Request]:
         """Take no more requests, and end those that are left, which nobody else will; returns them."""
