@@ -115,7 +115,7 @@ class TestARunThatWasKilled:
         target = tmp_path / "out.jsonl"
         with monkeypatch.context() as broken:
             broken.setattr("transformers_async_cb.engine.Engine._launch", lambda *_: 1 / 0)
-            with pytest.raises(SystemExit, match="the engine failed: division by zero"):
+            with pytest.raises(SystemExit, match=r"the engine failed.*division by zero"):
                 run(rows, target)
         assert target.read_text() == ""
         assert len(run(rows, target)) == len(TEXTS)

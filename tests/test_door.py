@@ -276,6 +276,8 @@ class TestSettingsThatAreNotSupported:
         {"nonsense": 1}, {"num_beams": 2}, {"do_sample": True, "temperature": 0.0}, {"max_length": 4},
         {"max_length": "9"}, {"seed": 1.5}, {"seed": True}, {"generation_config": {"top_k": 1}},
         {"generation_config": GenerationConfig(num_beams=2), "num_beams": 3},
+        {"eos_token_id": 2.5}, {"eos_token_id": ["3"]}, {"priority": 2**63},
+        {"do_sample": True, "top_k": float("inf")}, {"do_sample": True, "temperature": float("nan")},
     ], ids=str)  # fmt: skip
     def test_of_a_single_request_are_refused_by_a_running_manager_and_the_others_go_on(
         self, model, settings: dict[str, Any]

@@ -48,3 +48,12 @@ def test_one_has_the_file_at_a_time(path: Path) -> None:
         opened(path)
     first.close()
     opened(path).close()
+
+
+def test_half_of_a_character_comes_back_as_it_was(path: Path) -> None:
+    """Escapes of JSON can say what UTF-8 cannot."""
+    lines = opened(path)
+    lines.write("é\ud800", ensure_ascii=False)
+    assert list(lines.read()) == ["é\ud800"]
+    lines.close()
+    assert path.read_text() == '"é\\ud800"\n'

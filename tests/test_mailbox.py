@@ -131,3 +131,41 @@ class TestAFullQueue:
         config = batching(max_queue_size=2, **ONE_AT_A_TIME)
         outputs = llama.generate_batch(random_prompts(8, longest=20), greedy(4), config, async_batching=True)
         assert all(output.error is None for output in outputs.values())
+
+
+class TestSequencesThatComeLate:
+    """Those of one request wait for room one by one, so its first may have ended, or been cancelled, before others."""
+
+    @pytest.fixture
+    def in_turn(self, llama) -> Iterator[AsyncBatchingManager]:
+        """One request may wait."""
+        with llama.continuous_batching_context_manager(
+            greedy(LONG), continuous_batching_config=batching(max_queue_size=1), async_batching=True
+        ) as manager:
+            yield manager
+
+    def test_are_generated_after_the_first_has_ended(self, in_turn) -> None:
+        name = in_turn.add_request(PROMPT, num_return_sequences=4, do_sample=True, max_new_tokens=1)
+        outputs = results(in_turn, 4)
+        assert [(output.error, len(output.generated_tokens)) for output in outputs] == [(None, 1)] * 4
+        assert {output.request_id.partition("__")[0] for output in outputs} == {name}
+
+    def test_do_not_wait_for_the_end_of_an_answer(self, in_turn) -> None:
+        name = in_turn.add_request(PROMPT, num_return_sequences=2, do_sample=True, max_new_tokens=LONG, streaming=True)
+        assert in_turn.get_result(f"{name}__child#0", PATIENCE) is not None
+        assert name in in_turn._door.live, "the second began when the first had ended"
+        in_turn.cancel_request(name)
+
+    def test_and_were_cancelled_on_their_way_leave_nothing_behind(self, manager) -> None:
+        manager.start()
+        with manager.pause():
+            outcome: list = []
+            thread = adding(manager, outcome, request_id="late", num_return_sequences=6, do_sample=True)
+            manager.cancel_request("late")
+        thread.join(PATIENCE)
+        outputs = results(manager, 6)
+        assert all("cancelled" in output.error for output in outputs)
+        after = manager.add_request(PROMPT)
+        assert manager.get_result(after, PATIENCE).generated_tokens == reference(
+            shared_model("llama"), PROMPT, greedy(6)
+        )

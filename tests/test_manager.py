@@ -443,6 +443,24 @@ class TestCancelling:
                 assert output.error is None
                 assert len(output.generated_tokens) == 40
 
+    def test_does_not_wait_for_a_check_on_another_thread(self, llama) -> None:
+        """The collector may drop a stream while the loop reads its mail, for which that check waits in turn."""
+        with started(llama, greedy(LONG)) as manager:
+            request_id = manager.add_request(PROMPT)
+            checking, done = threading.Event(), threading.Event()
+
+            def check() -> None:
+                with manager._submission._lock:
+                    checking.set()
+                    done.wait(PATIENCE)
+
+            join = in_thread(check)
+            checking.wait(PATIENCE)
+            in_thread(lambda: manager.cancel_request(request_id))()
+            done.set()
+            join()
+            assert "cancelled" in ended(manager.get_result(request_id, PATIENCE)).error
+
     def test_twice_gives_one_result(self, llama) -> None:
         with started(llama, greedy(LONG)) as manager:
             request_id = manager.add_request(PROMPT)
@@ -1142,7 +1160,7 @@ class TestSurroundings:
         with started(llama) as manager:
             with monkeypatch.context() as interrupting:
                 interrupting.setattr(
-                    manager._mailbox._condition, "wait_for", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                    manager._mailbox.lock, "wait_for", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
                 )
                 with pytest.raises(KeyboardInterrupt), manager.pause():
                     pass
@@ -1163,7 +1181,7 @@ class TestPriorities:
 
     def test_that_are_no_integers_are_refused(self, llama) -> None:
         manager = llama.init_continuous_batching(greedy(8), async_batching=True)
-        for priority in ("high", 1.5, None, True):
+        for priority in ("high", 1.5, None, True, 2**31, -(2**70)):
             with pytest.raises(ValueError, match="request mine: priority must be an integer"):
                 manager.add_request([1, 2, 3], request_id="mine", priority=priority)
         manager.stop()

@@ -87,7 +87,7 @@ def test_does_not_make_the_loop_wait_for_its_readers() -> None:
     manager = shared_model("llama").init_continuous_batching(greedy(4), async_batching=True)
     manager.warmup()
     seen: list[Metrics] = []
-    with manager._submission._lock, manager._keeper.lock, manager._mailbox._condition, manager._outbox.lock:
+    with manager._submission._lock, manager._keeper.lock, manager._mailbox.lock, manager._outbox.lock:
         reader = threading.Thread(target=lambda: seen.append(manager.metrics()))
         reader.start()
         reader.join(10)

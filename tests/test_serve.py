@@ -371,6 +371,18 @@ class TestABadRequest:
                 },
                 400, None, "json_schema is not valid",
             ),
+            ("completions", {"model": "tiny", "prompt": "a", "priority": 2**64}, 400, None, "priority"),
+            ("completions", {"model": "tiny", "prompt": "a", "\ud800": 1}, 400, None, "got \\ud800"),
+            (
+                "chat/completions",
+                {"model": "tiny", "messages": CHAT, "chat_template_kwargs": {"chat_template": "{{ 1 / 0 }}"}},
+                400, "chat_template_kwargs", "the server's",
+            ),
+            (
+                "chat/completions",
+                {"model": "tiny", "messages": CHAT, "chat_template_kwargs": {"tokenizer": 1, "conversation": 2}},
+                400, None, "does not take this prompt",
+            ),
             ("nothing", {}, 404, None, "Not Found"),
         ],
     )  # fmt: skip

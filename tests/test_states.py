@@ -143,6 +143,19 @@ class TestTokens:
         assert tokens(together) == tokens(alone)
         assert len({tuple(answer) for answer in tokens(together)}) > 2 * len(PROMPTS)
 
+    @pytest.mark.parametrize("family", ["zamba2", "nemotron_h"])
+    def test_of_sequences_are_as_likely_as_alone_where_one_token_is_computed_otherwise_than_several(
+        self, family: str
+    ) -> None:
+        """Such a prompt is not cut before its last token."""
+        model, sampled = model_of(family), GenerationConfig(do_sample=True, max_new_tokens=2, pad_token_id=0)
+        asked = [{"input_ids": prompt, "logprobs": 0, "seed": 0} for prompt in PROMPTS]
+        alone, _ = answers(model, asked, config=sampled)
+        together, _ = answers(model, [request | {"num_return_sequences": 2} for request in asked], config=sampled)
+        for one, other in zip(alone, together[::2], strict=True):
+            assert one.generated_tokens == other.generated_tokens
+            torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+
     def test_come_with_log_probabilities(self) -> None:
         model = model_of("qwen3_next")
         asked = [{"input_ids": prompt, "logprobs": 0, "prompt_logprobs": 0} for prompt in PROMPTS]

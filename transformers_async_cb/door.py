@@ -226,7 +226,7 @@ class Door:
                 processors = self._processors
             else:
                 processors = check_logits_processor(logits_processor, name)
-            eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id)
+            eos = settings.eos_ids if eos_token_id is None else eos_ids(eos_token_id, name)
             likeliest = check_likeliest(logprobs, self._vocabulary, "logprobs", name)
             if prompt_logprobs is not None and self._encodes:
                 raise ValueError(f"{name}: prompt_logprobs: an encoder reads the prompt, nothing is generated from it")
@@ -276,7 +276,7 @@ class Door:
     def let_in(self, requests: list[Request]) -> None:
         """From now on their ids are in use."""
         self._arrivals += len(requests)
-        self.live.update((request.id, request) for request in requests)
+        self.live.update({request.id: request for request in requests})  # at once, for who cancels meanwhile
         while f"req_{self._counter}" in self.live:
             self._counter += 1
 

@@ -62,7 +62,8 @@ class JsonLines:
 
     def write(self, value: Any, **settings: Any) -> None:
         """Append a line; `settings` are those of `json.dumps`."""
-        self._file.write(json.dumps(value, separators=(",", ":"), **settings).encode() + b"\n")
+        line = json.dumps(value, separators=(",", ":"), **settings)
+        self._file.write(line.encode(errors="backslashreplace") + b"\n")  # a lone surrogate, as JSON escapes it
         self._file.flush()
         if time.monotonic() - self._synchronised > SYNC_EVERY:
             self.synchronise()

@@ -65,7 +65,8 @@ class Line:
         self.held_back += 1
 
     def let_go(self, family: Family) -> None:
-        """The prompt is computed."""
+        """The prompt is computed, also for those that have yet to come."""
+        family.leader = None
         for request in family.held_back:
             self.stand(request)
         self.held_back -= len(family.held_back)
@@ -74,7 +75,10 @@ class Line:
     def pass_on(self, request: Request) -> None:
         """A request has ended: if others are held back for it, the first of them leads."""
         family = request.family
-        while family is not None and family.leader is request and family.held_back:
+        if family is None or family.leader is not request:
+            return
+        family.leader = None
+        while family.leader is None and family.held_back:
             heir = family.held_back.pop(0)
             self.held_back -= 1
             if heir.finished_time < 0:

@@ -79,7 +79,7 @@ class LoopThread:
         if self.recorder is not None:
             self.keeper.engine.recorder = self.recorder
         self.keeper.engine.lanes.enter()
-        self._mailbox.reopen()
+        self._mailbox.reopen(running=True)
         self._outbox.set_open(True)
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="async-batching", daemon=True)
@@ -94,33 +94,41 @@ class LoopThread:
         Args:
             settle (`Callable`): called with the keeper's lock held, when the loop has ended and the model is given
                 back: on this thread, or on the loop's if nobody waits for that.
-            block (`bool`), timeout (`float`, *optional*): whether to wait, and how many seconds at most.
+            block (`bool`), timeout (`float`, *optional*): whether to wait, and how many seconds at most. A loop that
+                has not ended by then does so later, and settles then.
         """
-        thread = self._thread
-        if thread is not None:
-            self._mailbox.ask_to_stop(hard)
-            self._holds.wake(cache=not hard and bool(self._door.live))
-            if (not block or thread is threading.current_thread()) and self._settle_later(settle):
-                return
-            if not self.join(timeout):
-                return
         with self.keeper.lock:
+            thread = self._thread
             if thread is None:
                 self._close("the manager was stopped before it was started")
+                self.keeper.loan.give_back()
+                settle()
+                return
+            self._mailbox.ask_to_stop(hard)
+        self._holds.wake(cache=not hard and bool(self._door.live))
+        waits = block and thread is not threading.current_thread()
+        if not (waits and self._wait_for(thread, timeout)) and self._settle_later(thread, settle):
+            return
+        with self.keeper.lock:
+            if self._thread not in (thread, None):  # somebody has started it again
+                return
             self._thread = None
             self.keeper.loan.give_back()
             settle()
 
-    def _settle_later(self, settle: Callable[[], None]) -> bool:
-        """Leave that to the loop's thread, unless that has ended."""
+    def _settle_later(self, thread: threading.Thread, settle: Callable[[], None]) -> bool:
+        """Leave that to the loop's `thread`, unless that has ended."""
         with self.keeper.lock:
-            if not self._ended:
-                self._settle = settle
-            return not self._ended
+            if self._ended or self._thread is not thread:
+                return False
+            self._settle = settle
+            return True
 
     def join(self, timeout: float | None) -> bool:
         """Wait for the loop to end, at most so many seconds; whether it has."""
-        thread = self._thread
+        return self._wait_for(self._thread, timeout)
+
+    def _wait_for(self, thread: threading.Thread | None, timeout: float | None) -> bool:
         if thread is not None:
             thread.join(timeout)
             if thread.is_alive():
@@ -156,9 +164,11 @@ class LoopThread:
             self._deliver(engine.scheduler.take_outputs())
             engine.scheduler.save_all()
         finally:
-            with self.keeper.lock:  # all steps have retired: nothing on the device is behind what the host has seen
-                self.keeper.loan.give_back()
-            self._close(reason)
+            try:
+                with self.keeper.lock:  # all steps have retired: the device is not behind what the host has seen
+                    self.keeper.loan.give_back()
+            finally:
+                self._close(reason)
             self._outbox.set_open(False)
             if self.keeper.own.timeline is not None:
                 self._write_timeline()
@@ -169,10 +179,7 @@ class LoopThread:
 
     def _close(self, reason: str) -> None:
         """Take no more requests, and end those that are left."""
-        left = self._submission.close(reason)
-        for request in left:
-            request.finish(reason)
-        self._deliver([request.output() for request in left])
+        self._deliver([request.output() for request in self._submission.close(reason)])
 
     def _deliver(self, outputs: list[GenerationOutput]) -> None:
         if not outputs:

@@ -38,7 +38,7 @@ class Mailbox:
 
     def __init__(self, bound: int = 0) -> None:
         self.bound = bound
-        self._condition = threading.Condition()  # reentrant
+        self.lock = threading.Condition()  # reentrant; while it is held, the loop reads nothing
         self._mail = Mail([], [])
         self._pauses = 0
         self._drains = 0  # pauses that begin once no request is under way
@@ -46,9 +46,10 @@ class Mailbox:
         self._idle = False  # no request was under way when the loop parked
         self.reopen()
 
-    def reopen(self) -> None:
-        """Take mail for another run of the loop; what has been posted before it stays."""
-        with self._condition:
+    def reopen(self, running: bool = False) -> None:
+        """Take mail for another run of the loop, which is `running` or to come; what has been posted before stays."""
+        with self.lock:
+            self._running = running
             self._closed: str | None = None
             self._waiting = 0  # requests that the loop has read and not begun
             self.stopping = False
@@ -56,22 +57,22 @@ class Mailbox:
 
     def post(self, *requests: Request) -> None:
         """Raises `RuntimeError` when the loop takes no more requests."""
-        with self._condition:
+        with self.lock:
             self.check_open()
             self._mail.requests.extend(requests)
-            self._condition.notify_all()
+            self.lock.notify_all()
 
     def post_in_turn(self, request: Request) -> None:
         """Wait until fewer than `bound` requests wait to begin, and post another. Raises as `post` does."""
-        with self._condition:
-            self._condition.wait_for(lambda: self.has_room() or self._closed is not None or self.stopping)
+        with self.lock:
+            self.lock.wait_for(lambda: self.has_room() or self._closed is not None or self.stopping)
             self.check_open()
             self._mail.requests.append(request)
-            self._condition.notify_all()
+            self.lock.notify_all()
 
     def check_open(self) -> None:
         """Raises `RuntimeError` when the loop takes no more requests."""
-        with self._condition:
+        with self.lock:
             if self._closed is not None:
                 raise RuntimeError(f"the manager takes no more requests: {self._closed}")
             if self.stopping:
@@ -79,38 +80,36 @@ class Mailbox:
 
     def has_room(self, count: int = 1) -> bool:
         """Whether `count` more requests may wait to begin."""
-        with self._condition:
+        with self.lock:
             return not self.bound or len(self._mail.requests) + self._waiting + count <= self.bound
 
     def cancel(self, request: Request) -> None:
-        with self._condition:
+        with self.lock:
             self._mail.cancelled.append(request)
-            self._condition.notify_all()
+            self.lock.notify_all()
 
     def ask_to_stop(self, hard: bool) -> None:
-        with self._condition:
+        with self.lock:
             self.stopping = True
             self.hard |= hard
-            self._condition.notify_all()
+            self.lock.notify_all()
 
     def pause(self, drain: bool = False) -> None:
         """Block until the loop has nothing in flight and stands still; with `drain`, until it has also finished the
         requests that it has, while those that come wait. Raises `RuntimeError` if the loop has ended."""
-        with self._condition:
+        with self.lock:
             self._count_pause(drain, 1)
             try:
-                self._condition.wait_for(
-                    lambda: (self._parked and (self._idle or not drain)) or self._closed is not None
-                )
-                if self._closed is not None:
-                    raise RuntimeError(f"the manager cannot pause: {self._closed}")
+                self.lock.wait_for(lambda: (self._parked and (self._idle or not drain)) or not self._running)
+                if not self._running:
+                    raise RuntimeError(f"the manager cannot pause: {self._closed or 'it has stopped'}")
             except BaseException:  # an interrupt too
                 self._count_pause(drain, -1)
                 raise
 
     def resume(self, drained: bool = False) -> None:
         """End a pause, one with `drain` if it was `drained`."""
-        with self._condition:
+        with self.lock:
             self._count_pause(drained, -1)
 
     def _count_pause(self, drain: bool, change: int) -> None:
@@ -118,11 +117,11 @@ class Mailbox:
             self._drains += change
         else:
             self._pauses += change
-        self._condition.notify_all()
+        self.lock.notify_all()
 
     def pending(self) -> list[Request]:
         """Requests posted that the loop has not read."""
-        with self._condition:
+        with self.lock:
             return list(self._mail.requests)
 
     @property
@@ -135,9 +134,9 @@ class Mailbox:
     def read(self, wait: bool) -> Mail:
         """All mail; with `wait`, once there is some, or a stop or a pause is asked for. Requests stay where they are
         while others are to be finished before a pause."""
-        with self._condition:
+        with self.lock:
             if wait:
-                self._condition.wait_for(lambda: any(self._mail) or self.stopping or self._pauses or self._drains)
+                self.lock.wait_for(lambda: any(self._mail) or self.stopping or self._pauses or self._drains)
             mail, self._mail = self._mail, Mail([], [])
             if self._drains:
                 self._mail.requests.extend(mail.requests)
@@ -148,9 +147,9 @@ class Mailbox:
     def note_waiting(self, count: int) -> None:
         """Say how many requests that were read have not begun."""
         if self.bound and count != self._waiting:
-            with self._condition:
+            with self.lock:
                 self._waiting = count
-                self._condition.notify_all()
+                self.lock.notify_all()
 
     def pausing(self, idle: bool) -> bool:
         """Whether to park now, when no request is under way or when some are."""
@@ -159,23 +158,24 @@ class Mailbox:
     @property
     def done(self) -> bool:
         """A stop was asked for, and nothing was posted before it that the loop has not read."""
-        with self._condition:
+        with self.lock:
             return self.stopping and not self._mail.requests
 
     def park(self, idle: bool) -> None:
         """Stand still until every pause is over that could begin; one with `drain` could if `idle`."""
-        with self._condition:
+        with self.lock:
             self._parked, self._idle = True, idle
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: not self.pausing(idle))
+            self.lock.notify_all()
+            self.lock.wait_for(lambda: not self.pausing(idle))
             self._parked = False
 
     def close(self, reason: str) -> None:
         """Take no more mail, and forget what nobody has read."""
-        with self._condition:
+        with self.lock:
+            self._running = False
             self._closed = reason
             self._mail = Mail([], [])
-            self._condition.notify_all()
+            self.lock.notify_all()
 
 
 class Outbox:

@@ -286,7 +286,8 @@ class AsyncBatchingManager:
         self._check_running()
         with self._holds.pause(drain=in_flight == "drain"):
             if in_flight == "recompute":
-                self._engine.scheduler.preempt_all()
+                with self._keeper.lock:  # of several at once, each has its turn
+                    self._engine.scheduler.preempt_all()
             yield self.model
 
     def sleep(self) -> None:
@@ -294,7 +295,11 @@ class AsyncBatchingManager:
         as in a pause. Requests stay, and those under way are computed again. A manager that was kept and does not run
         sleeps until the next start.
         """
-        self._holds.sleep(self.is_running())
+        with self._keeper.lock:  # nobody starts the loop between the look and the sleep
+            if not self.is_running():
+                self._holds.sleep(running=False)
+                return
+        self._holds.sleep(running=True)
 
     def wake(self) -> None:
         """End a sleep: take the memory back, and go on with the model as it is now.

@@ -52,7 +52,7 @@ def one_by_one(inputs: Any, attention_mask: Any = None) -> Sequence[Prompt]:
 
 
 def encode(
-    name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, **template_settings: Any
+    name: str, prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, /, **template_settings: Any
 ) -> Sequence[int]:
     """The token ids of a text (special tokens added) or a chat (by the tokenizer's template with its settings, up to
     where the answer begins); anything else comes back as it is.

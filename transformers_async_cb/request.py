@@ -72,7 +72,7 @@ class Family:
 
     members: list[Request] = field(default_factory=list)  # in order, whether they have ended or not
     rows: list[int] = field(default_factory=list)  # of those that run
-    leader: Request | None = None  # computes the prompt, or did
+    leader: Request | None = None  # computes the prompt, or waits to
     held_back: list[Request] = field(default_factory=list)  # until the leader has
 
 

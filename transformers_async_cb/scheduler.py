@@ -108,7 +108,9 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------------ requests
 
     def add(self, request: Request) -> None:
-        self.line.join(request)
+        """Have a request stand in line, unless it was cancelled on its way here."""
+        if request.finished_time < 0:
+            self.line.join(request)
 
     def cancel(self, request: Request, reason: str) -> None:
         """End a request now, wherever it is. One that has ended already stays as it is."""

@@ -133,7 +133,7 @@ def resolve_generation(
     return GenerationSettings(
         max_new_tokens=merged.max_new_tokens,
         max_length=merged.max_length,
-        eos_ids=eos_ids(merged.eos_token_id),
+        eos_ids=eos_ids(merged.eos_token_id, "generation_config"),
         stop_strings=check_stop_strings(merged.stop_strings, "generation_config"),
         max_time=check_seconds(merged.max_time, "max_time", "generation_config"),
         sequences=int(sequences),
@@ -150,10 +150,12 @@ def _sampling(config: GenerationConfig) -> Sampling:
         value = getattr(config, name)
         return default if value is None else float(value)
 
-    top_k = 50 if config.top_k is None else int(config.top_k)
+    top_k = 50 if config.top_k is None else config.top_k
+    if not isinstance(top_k, Integral):
+        raise ValueError(f"top_k={top_k!r} must be an integer")
     sampling = Sampling(
         temperature=number("temperature", 1.0),
-        top_k=min(top_k, 2**31 - 1),
+        top_k=min(int(top_k), 2**31 - 1),
         top_p=number("top_p", 1.0),
         min_p=number("min_p", 0.0),
         typical_p=number("typical_p", 1.0),
@@ -161,7 +163,7 @@ def _sampling(config: GenerationConfig) -> Sampling:
         eta_cutoff=number("eta_cutoff", 0.0),
         top_h=number("top_h", 0.0),
     )
-    if sampling.temperature <= 0:
+    if not sampling.temperature > 0:
         raise ValueError(
             f"temperature={sampling.temperature} must be above 0 to sample; for greedy decoding, do_sample=False"
         )
@@ -201,13 +203,20 @@ def check_max_new_tokens(value: Any, name: str) -> None:
         raise ValueError(f"{name}: max_new_tokens must be an integer of 1 or more, got {value!r}")
 
 
-def eos_ids(value: int | Iterable[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids as a tuple, without those that no token has: negative is transformers' way to say none."""
+def eos_ids(value: int | Iterable[int] | None, name: str) -> tuple[int, ...]:
+    """End-of-sequence ids as a tuple, without those that no token has: negative is transformers' way to say none.
+
+    Raises:
+        ValueError: one is not an integer; the message starts with `name`.
+    """
     if value is None:
         return ()
     if isinstance(value, torch.Tensor):
         value = value.tolist()
-    return tuple(int(i) for i in ([value] if isinstance(value, int) else value) if 0 <= i < 2**31)
+    ids = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(i, Integral) for i in ids):
+        raise ValueError(f"{name}: eos_token_id must be a token id or a list of them, got {value!r}")
+    return tuple(int(i) for i in ids if 0 <= i < 2**31)
 
 
 def check_stop_strings(value: str | Iterable[str] | None, name: str) -> tuple[str, ...]:
@@ -236,9 +245,9 @@ def check_seconds(value: float | None, setting: str, name: str) -> float:
 
 
 def check_priority(value: int, name: str) -> int:
-    """Raises `ValueError`, whose message starts with `name`, if this is not an integer."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name}: priority must be an integer, got {value!r}")
+    """Raises `ValueError`, whose message starts with `name`, if this is not an integer of 32 bits."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not -(2**31) <= value < 2**31:
+        raise ValueError(f"{name}: priority must be an integer of 32 bits, got {value!r}")
     return int(value)
 
 

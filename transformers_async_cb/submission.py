@@ -17,6 +17,8 @@ class Submission:
     """Has the requests of a call checked at the door, and posts them: all of them, or none if one is not valid.
 
     Checks of several threads take turns. What may take long, grammars and the wait for room, holds nobody else up.
+    Cancelling waits for no turn: a stream that is collected does so on whatever thread that happens, the loop's too,
+    which may hold the mailbox.
 
     Args:
         door (`Door`): checks them, and knows those that are live.
@@ -26,7 +28,7 @@ class Submission:
     def __init__(self, door: Door, mailbox: Mailbox) -> None:
         self._door = door
         self._mailbox = mailbox
-        self._lock = threading.RLock()  # of the door; a stream that is collected cancels on whatever thread this is
+        self._lock = threading.RLock()  # of the door
 
     def add(
         self,
@@ -46,16 +48,17 @@ class Submission:
         self._compile(settings, request_settings)
         with self._lock:
             request_ids, requests = self._check(inputs, request_ids, settings, request_settings)
-            at_once = self._mailbox.has_room(len(requests))
-            if at_once:
-                self._mailbox.post(*requests)
-            elif not may_wait:
-                self._mailbox.check_open()
-                raise QueueFull(
-                    f"the queue has no room for {len(requests)} more requests (max_queue_size={self._mailbox.bound}), "
-                    "and these may not wait for it"
-                )
-            self._door.let_in(requests)
+            with self._mailbox.lock:  # the loop ends none before it is let in
+                at_once = self._mailbox.has_room(len(requests))
+                if at_once:
+                    self._mailbox.post(*requests)
+                elif not may_wait:
+                    self._mailbox.check_open()
+                    raise QueueFull(
+                        f"the queue has no room for {len(requests)} more requests "
+                        f"(max_queue_size={self._mailbox.bound}), and these may not wait for it"
+                    )
+                self._door.let_in(requests)
         if not at_once:
             self._post_in_turn(requests)
         return request_ids
@@ -74,8 +77,9 @@ class Submission:
         with self._lock:
             _, requests = self._check(inputs, request_ids, settings, request_settings)
             chosen = choose(requests)
-            self._mailbox.post(*chosen)
-            self._door.let_in(chosen)
+            with self._mailbox.lock:
+                self._mailbox.post(*chosen)
+                self._door.let_in(chosen)
         return [request.id for request in requests]
 
     def sequence_ids(self, request_ids: list[str]) -> list[str]:
@@ -85,22 +89,23 @@ class Submission:
 
     def cancel(self, request_id: str) -> None:
         """Have the sequences of that request, or the one sequence of that id, ended."""
-        with self._lock:
-            for request in self._door.sequences(request_id):
-                self._mailbox.cancel(request)
+        for request in self._door.sequences(request_id):
+            self._mailbox.cancel(request)
 
     def cancel_sequences(self, sequence_ids: Iterable[str]) -> None:
         """Have the sequences of those ids ended, each alone."""
-        with self._lock:
-            for request in map(self._door.live.get, sequence_ids):
-                if request is not None:
-                    self._mailbox.cancel(request)
+        for request in map(self._door.live.get, sequence_ids):
+            if request is not None:
+                self._mailbox.cancel(request)
 
     def close(self, reason: str) -> list[Request]:
-        """Take no more requests; returns those that are left, which nobody will end any more."""
+        """Take no more requests, and end those that are left, which nobody else will; returns them."""
         with self._lock:
             self._mailbox.close(reason)
-            return list(self._door.live.values())
+            left = list(self._door.live.values())
+            for request in left:
+                request.finish(reason)
+            return left
 
     def _compile(self, settings: dict[str, Any], request_settings: Sequence[Mapping[str, Any]] | None) -> None:
         """Compile what answers must be without holding the lock; `_check` says what is wrong with it."""

@@ -38,7 +38,9 @@ RETRY_AFTER = 1  # seconds, for a client that finds the queue full
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     """An error as OpenAI's clients know it."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    error = {key: value and value.encode(errors="backslashreplace").decode() for key, value in error.items()}
+    return JSONResponse({"error": error}, status)  # which may quote what a client sent, half of a character too
 
 
 class Refused(Exception):
@@ -84,7 +86,7 @@ class Server:
         self._response_template = response_template(tokenizer, manager.model)
         self._door = ThreadPoolExecutor(1, thread_name_prefix="async-batching-serve")
         config = manager.model.generation_config
-        self._eos_ids = eos_ids(config.eos_token_id)
+        self._eos_ids = eos_ids(config.eos_token_id, "generation_config")
         self._stop_strings = check_stop_strings(config.stop_strings, "generation_config")
         self._top_k = config.top_k
 

@@ -241,6 +241,14 @@ class Chat(Body):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] = {}  # not OpenAI's
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_of_our_template(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        """A template of the client's would be a program of theirs."""
+        if "chat_template" in variables:
+            raise ValueError("the chat template is the server's")
+        return variables
+
     @model_validator(mode="after")
     def _likeliest_of_something(self) -> Chat:
         if self.top_logprobs is not None and not self.logprobs:

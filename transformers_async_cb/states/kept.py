@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from ..model import ModelLoan, NotPaged
 from ..sequential import Opening, difference, tensors_of
 
 
-# Tokens of a trial run, and where it is cut to see whether the model goes on from a state.
-_TRIAL_TOKENS, _CUT = 32, 13
+# Tokens of a trial run, and where it is cut to see whether the model goes on from a state: with one token, too, which
+# some models compute in another way.
+_TRIAL_TOKENS, _CUTS = 32, (13, 31)
 
 # What models call what they keep.
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")
@@ -78,8 +80,8 @@ class Kept:
     Attributes:
         shapes (`dict`): of the layers that attend, where attention is on pages.
         states (`list[State]`): in the order in which they are found in a cache object, then in modules.
-        continues (`bool`): whether the model goes on from a state with several tokens at once, as if all had come
-            together. One it always can.
+        continues (`bool`): whether the model goes on from a state, with one token or several, as if all had come
+            together. With one, as it decodes, it always can, but some then do not get quite the same.
 
     Raises:
         NotPaged: it keeps what grows with a sequence, or nothing that could be told from that.
@@ -262,12 +264,13 @@ class Kept:
         }
 
     def _goes_on(self) -> bool:
-        """Whether a sequence that comes in two parts gets the logits that it gets as one, and is in the same state."""
+        """Whether a sequence that comes in parts gets the logits that it gets as one, and is in the same state."""
         expected, cache = self._trial(self.begin(), 1, 0, _TRIAL_TOKENS)
         whole = self._of(cache)
-        _, cache = self._trial(self.begin(), 1, 0, _CUT)
+        _, cache = self._trial(self.begin(), 1, 0, _CUTS[0])
         try:
-            found, cache = self._trial(self.resume(self._of(cache)), 1, _CUT, _TRIAL_TOKENS)
+            for start, end in pairwise((*_CUTS, _TRIAL_TOKENS)):
+                found, cache = self._trial(self.resume(self._of(cache)), 1, start, end)
         except Exception:  # it takes one token, or any number where there is no state
             return False
         close = 2e-2 if self._loan.rounds else 1e-4
