@@ -44,7 +44,7 @@ def test_tokens_on_the_gpu_are_those_of_generate(family, overlap, graphs):
     manager.stop()
     assert [answers[i].error for i in ids] == [None] * len(ids)
     assert [answers[i].generated_tokens for i in ids] == expected
-    assert engine.scheduler.preemptions > 0
+    assert (engine.scheduler.preemptions > 0) is (family != "mistral"), "but where a window bounds what each holds"
     assert engine.runner.compiled, "the layers compiled"
     assert engine.runner.graphs.on is graphs
     assert bool(engine.runner.graphs.captured) is graphs, "and steps were captured"
