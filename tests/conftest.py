@@ -198,8 +198,11 @@ def own_notes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the package logs, which goes where transformers' own messages go."""
+    """What the package logs, which goes where transformers' own messages go, whatever a command has set before."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
+    caplog.set_level(logging.NOTSET, "transformers.transformers_async_cb")
+    caplog.handler.setLevel(logging.NOTSET)
     return caplog
 
 
