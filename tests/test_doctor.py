@@ -12,6 +12,7 @@ from test_timeline import regular
 from transformers_async_cb import AsyncBatchingConfig, cli, doctor, shapes
 from transformers_async_cb.bench import Observation
 from transformers_async_cb.doctor import Capacity, Measurement
+from transformers_async_cb.matrix.small import small_model
 from transformers_async_cb.metrics import Metrics
 
 
@@ -50,6 +51,15 @@ def test_a_model_that_the_engine_does_not_run_is_named_with_the_reason(monkeypat
     monkeypatch.setattr(shapes, "load", lambda *_: model)
     with pytest.raises(SystemExit, match="does not run this model: LlamaForCausalLM has no weights in lm_head"):
         cli.main(["doctor", "--device", "cpu"])
+
+
+@pytest.mark.parametrize(("family", "how"), [("mamba2", "a state for each row"), ("bloom", "one sequence at a time")])
+def test_a_model_that_does_not_run_on_pages_is_measured_as_it_runs(family: str, how: str, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(shapes, "load", lambda *_: small_model(family))
+    text = " ".join("\n".join(diagnose(capsys)).split())
+    assert how in text
+    assert "requests of 24 tokens" in text
+    assert re.search(r"overlap (pays|does not pay|changes little): \d", text)
 
 
 class TestAdvice:

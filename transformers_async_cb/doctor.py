@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -13,16 +14,19 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from . import __version__, bench
-from .choices import Choice, explain
+from .choices import Choice
 from .config import AsyncBatchingConfig
 from .gpu import starts_early, triton_error
 from .groups import PageGroup
-from .model import ModelLoan
-from .settings import Workload, resolve_engine
+from .keeper import EngineKeeper
+from .settings import Mode, Workload
 
 
 # New tokens of each request that is measured.
 _NEW_TOKENS = 64
+
+# Why there is no limit, on a CPU and on CUDA.
+_UNKNOWN = ("known on CUDA only", "not known for this model")
 
 
 class Finding(NamedTuple):
@@ -111,14 +115,16 @@ def about(model: PreTrainedModel, name: str) -> list[Finding]:
 def capacity(model: PreTrainedModel, length: int) -> Capacity:
     """For requests of `length` tokens. Raises `ValueError` for a model that the engine does not run, or that leaves no
     room for a cache."""
-    loan, batching, own, workload = ModelLoan(model), ContinuousBatchingConfig(), AsyncBatchingConfig(), Workload()
-    loan.borrow()
+    keeper = EngineKeeper(model, ContinuousBatchingConfig(), AsyncBatchingConfig())
     try:
-        settings = resolve_engine(loan, loan.probe(), batching, own, workload)
+        keeper.prepare(Workload())
+        settings = keeper.engine.settings
     finally:
-        loan.give_back()
-    choices = explain(settings, loan, batching, own, workload)
-    return Capacity(settings.layout.capacity(settings.pages, length), settings.rows, choices)
+        keeper.drop()
+        keeper.loan.give_back()
+    on_pages = settings.mode in (Mode.PAGES, Mode.HYBRID)  # or there is room for a sequence in each row
+    tokens = settings.layout.capacity(settings.pages, length) if on_pages else settings.rows * length
+    return Capacity(tokens, settings.rows, keeper.choices)
 
 
 def measure(
@@ -142,12 +148,12 @@ def measure(
     if model.device.type == "cuda":
         say("measuring what the device can do")
         rates = bench.measure_rates(model.device, model.dtype)
-        cost = bench.ModelCost.of(model)
 
         def looks(kept: PageGroup) -> int:
             return requests * int(kept.seen(context - 1))
 
-        limit = cost.seconds(rates, requests, requests, looks, new=False) * 1e3
+        with suppress(ValueError):  # what a step of a model with states costs is not known
+            limit = bench.ModelCost.of(model).seconds(rates, requests, requests, looks, new=False) * 1e3
     return Measurement(requests, context, on, off, limit)
 
 
@@ -158,7 +164,7 @@ def times(measured: Measurement) -> list[Finding]:
     known = limit is not None
     cuda = measured.on.timeline.device == "GPU"
     return [
-        Finding("limit", f"{limit:.2f} ms for the bytes and products" if known else "known on CUDA only"),
+        Finding("limit", f"{limit:.2f} ms for the bytes and products" if known else _UNKNOWN[cuda]),
         Finding(
             "device", f"{on.step_ms:.2f} ms" + (f", {limit / on.step_ms:.0%} of the limit's speed" if known else "")
         ),
