@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from . import attention, weights
 from .attention import Attached, LayerShape, PagedLayer, Place
-from .attention.positions import TokensBefore
+from .attention.in_pages import TokensBefore
 from .attention.probe import NAME as PROBE
 from .attention.probe import probing
 from .linear import Products, noting_inputs
@@ -32,6 +33,21 @@ _TRIAL_TOKENS = 40
 
 class NotPaged(ValueError):
     """The model cannot be run on pages; the message says why."""
+
+
+@contextmanager
+def trial(model: PreTrainedModel, what: str, refusal: type[ValueError] = NotPaged) -> Generator[None]:
+    """Within, a model is tried out with `what`. Raises `refusal` that says what it does that is not supported
+    (`NotImplementedError`), or how it failed."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise refusal(f"{type(model).__name__} is not supported by async_batching yet: {error}") from error
+    except Exception as error:
+        raise refusal(
+            f"{type(model).__name__} is not supported by async_batching: a trial run of {what} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 class ModelLoan:
@@ -214,19 +230,13 @@ class ModelLoan:
         self.separate_products()
         self.model.set_attn_implementation(PROBE)
         try:
-            for first, chosen in ((0, positions), (1, positions[:, -2:])):
-                ids = torch.tensor([[first] * (chosen.shape[1] - 1) + [0]], device=device)
-                last = torch.tensor([chosen.shape[1] - 1], device=device)
-                with probing() as probe, noting_inputs(self.model) as groups:
-                    logits = self.forward(ids, chosen, last)
-                seen.append([*probe.inputs, logits])
-        except NotImplementedError as error:
-            raise NotPaged(f"{name} is not supported by async_batching yet: {error}") from error
-        except Exception as error:
-            raise NotPaged(
-                f"{name} is not supported by async_batching: a trial run of packed tokens without a cache failed with "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            with trial(self.model, "packed tokens without a cache"):
+                for first, chosen in ((0, positions), (1, positions[:, -2:])):
+                    ids = torch.tensor([[first] * (chosen.shape[1] - 1) + [0]], device=device)
+                    last = torch.tensor([chosen.shape[1] - 1], device=device)
+                    with probing() as probe, noting_inputs(self.model) as groups:
+                        logits = self.forward(ids, chosen, last)
+                    seen.append([*probe.inputs, logits])
         finally:
             self.model.set_attn_implementation(attention.NAME)
         if not probe.shapes:

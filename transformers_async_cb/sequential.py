@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from .attention import LayerShape, Place
 from .config import AsyncBatchingConfig
 from .inputs import Bucket, StepArrays
-from .model import ModelLoan
+from .model import ModelLoan, trial
 from .model_inputs import ModelInputs
 from .request import Rows
 from .runner import Runner
@@ -28,6 +27,9 @@ MOST_ROWS = 16
 MOST_POSITIONS = 2**17
 # Lengths, in tokens, at which the bytes of a sequence are measured.
 _SHORT, _LONG = 16, 32
+
+# What a model is tried out with.
+_TRIED = "one sequence, as in generate,"
 
 
 class Sequence:
@@ -85,21 +87,8 @@ class Opening:
         self._kwargs: dict[str, Any] = {}
         self._logits = torch.empty(0)  # some
         if not self._model.config.is_encoder_decoder:
-            with self._refusing():
+            with trial(self._model, _TRIED, ValueError):
                 self._kwargs = self._of_tokens_alone()
-
-    @contextmanager
-    def _refusing(self) -> Generator[None]:
-        name = type(self._model).__name__
-        try:
-            yield
-        except NotImplementedError as error:
-            raise ValueError(f"{name} is not supported by async_batching: {error}") from error
-        except Exception as error:
-            raise ValueError(
-                f"{name} is not supported by async_batching: a trial run of one sequence, as in generate, failed with "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
     def begin(self, length: int) -> Sequence:
         """A sequence whose first `length` tokens come at once."""
@@ -134,7 +123,7 @@ class Opening:
             ValueError: they do not.
         """
         token = _some_tokens(1, self._loan.device)
-        with self._refusing():
+        with trial(self._model, _TRIED, ValueError):
             alone, ids = self._some_sequence(_SHORT)
             expected = [alone.advance(each) for each in (ids, token, token)]
             one, ids = self._some_sequence(_SHORT)

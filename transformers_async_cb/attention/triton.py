@@ -224,7 +224,7 @@ def _decode_kernel(
     of the keys writes the new one to its page first; the program of a sequence that is done last adds the parts up.
 
     The heads of one item are neighbours, and start together: what a page holds of a token, it holds side by side. The
-    other way around this reads a tenth slower (32 x 8K tokens, a fifth)."""
+    other way around this takes 7 to 25 % longer on an H100."""
     kv_head, number = tl.program_id(0), tl.program_id(1)
     # What the step's inputs say was there long before the query is.
     item = tl.load(work + number)

@@ -14,9 +14,10 @@ from transformers import Cache
 
 from .. import attention
 from ..attention import LayerShape, Place
+from ..attention.in_pages import OnPages
 from ..attention.probe import NAME as PROBE
 from ..attention.probe import probing
-from ..model import ModelLoan, NotPaged
+from ..model import ModelLoan, NotPaged, trial
 from ..sequential import Opening, difference, tensors_of
 
 
@@ -29,25 +30,6 @@ _CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
 # Inputs of a model that are made anew for each step, or that packed sequences need not have: none is padded.
 _MADE_ANEW = ("input_ids", "position_ids", "attention_mask", "cache_position", "logits_to_keep")
-
-
-class _OnPages:
-    """Mixed into the class of a model's cache: the states of its layers stay what they are, but keys and values lie in
-    pages, which attention writes itself. Masks are made by others, and positions are given."""
-
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return key, value
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return query_length, 0
 
 
 class State(NamedTuple):
@@ -100,17 +82,8 @@ class Kept:
         self._in_modules: list[tuple[nn.Module, str]] = []  # attributes that are states
         configs = self._model.config, self._model.config.get_text_config(decoder=True)
         self._shared = {id(config): config for config in configs}  # what copies of a cache object have in common
-        name = type(self._model).__name__
-        try:
-            begun = Opening(loan).begin(_TRIAL_TOKENS).kwargs
-            self._try_out(begun)
-        except NotImplementedError as error:
-            raise NotPaged(f"{name} is not supported by async_batching yet: {error}") from error
-        except Exception as error:
-            raise NotPaged(
-                f"{name} is not supported by async_batching: a trial run of batched states failed with "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        with trial(self._model, "batched states"):
+            self._try_out(Opening(loan).begin(_TRIAL_TOKENS).kwargs)
 
     @property
     def bytes(self) -> int:
@@ -201,7 +174,7 @@ class Kept:
                 kind = type(self._empty)
                 if not isinstance(self._empty, Cache):
                     raise NotImplementedError(f"its {kind.__name__} is no cache whose keys could lie in pages")
-                self._empty.__class__ = type(kind.__name__, (_OnPages, kind), {})
+                self._empty.__class__ = type(kind.__name__, (OnPages, kind), {})
             self._find_states()
             self.continues = self._goes_on()
         finally:
