@@ -165,11 +165,49 @@ def test_the_limit_of_a_workload_is_below_what_it_takes():
     assert result.peak_gib > 0
 
 
+def test_graphs_find_room_in_what_the_allocator_has_cached():
+    model = shared_model("llama", "cuda")
+    torch.cuda.empty_cache()
+    cached = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    fraction = torch.cuda.get_per_process_memory_fraction()
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)
+    try:
+        del cached
+        with model.continuous_batching_context_manager(
+            greedy(24), tight(), async_batching=True, warmup=False
+        ) as manager:
+            manager.add_requests(random_prompts(40))
+            engine = manager._engine
+        assert [output.error for output in manager] == [None] * 40
+        assert engine.runner.graphs.on
+        assert engine.runner.graphs.captured
+    finally:
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def test_engines_one_after_another_compute_on_the_same_streams():
+    model = shared_model("llama", "cuda")
+    streams = set()
+    for _ in range(3):
+        with model.continuous_batching_context_manager(
+            greedy(4), tight(), async_batching=True, warmup=False
+        ) as manager:
+            manager.add_requests(random_prompts(4))
+            lanes = manager._engine.lanes
+            streams.add((lanes.copy_in.stream, lanes.compute.stream, lanes.copy_out.stream))
+    assert len(streams) == 1
+
+
 @pytest.fixture
 def sanitized(monkeypatch):
     """torch's stream sanitizer on the engine's thread."""
+    from torch.cuda import _gpu_trace
     from torch.cuda._sanitizer import CUDASanitizerDispatchMode
 
+    registries = [each for name, each in vars(_gpu_trace).items() if name.endswith("Callbacks")]
+    for registry in registries:  # so that the sanitizer is told no more when the test has ended
+        monkeypatch.setattr(registry, "callback_list", list(registry.callback_list))
     mode, run = CUDASanitizerDispatchMode(), Engine.run
 
     def watched(self, *args):

@@ -110,11 +110,36 @@ def test_a_step_that_cannot_be_recorded_is_computed_and_none_is_tried_again(grap
     assert graphs.choose(decoding(2)) == decoding(2)
 
 
-def test_running_out_of_memory_is_not_taken_for_that(graphs):
+def test_what_the_allocator_caches_is_freed_for_a_graph(graphs, monkeypatch):
+    happened = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: happened.append("freed"))
+
+    def record() -> None:
+        happened.append("recorded")
+        if "freed" not in happened:
+            raise torch.OutOfMemoryError("no memory")
+
+    computed(graphs, decoding(4))
+    graphs.run(decoding(4), lambda: happened.append("computed"), record)
+    assert happened == ["recorded", "freed", "recorded"]
+    assert graphs.captured == [decoding(4)]
+    assert graphs.on
+
+
+def test_graphs_that_are_there_are_used_when_memory_has_no_room_for_more(graphs, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(module.logger, "warning", warnings.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
     def exhaust() -> None:
         raise torch.OutOfMemoryError("no memory")
 
-    computed(graphs, decoding(4))
-    with pytest.raises(torch.OutOfMemoryError):
-        graphs.run(decoding(4), lambda: None, exhaust)
-    assert graphs.on
+    capture(graphs, decoding(16))
+    happened = []
+    for _ in range(3):
+        graphs.run(decoding(32), lambda: happened.append("computed"), exhaust)
+    assert happened == ["computed"] * 3
+    assert warnings == ["steps cannot be captured as CUDA graphs, they run as they come: no memory"]
+    assert not graphs.on
+    assert {graphs.choose(decoding(8)) for _ in range(WORTH_A_GRAPH)} == {decoding(16)}
+    assert computed(graphs, decoding(16)) == []

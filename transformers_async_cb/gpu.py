@@ -28,6 +28,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate through torch: what is free, within the fraction that the user allows
+    torch, and what the allocator has cached."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = total * torch.cuda.get_per_process_memory_fraction(device)
+    return max(0, int(min(free, allowed - reserved)) + reserved - torch.cuda.memory_allocated(device))
+
+
 def side_by_side(device: torch.device) -> int:
     """Programs of decode attention that run at once. With heads of 128 each keeps 228 registers for each of its 32
     threads, so eight of them share the registers of a multiprocessor."""

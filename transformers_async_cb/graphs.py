@@ -45,7 +45,8 @@ class Graphs:
     already, until the padding of that would have paid for a graph of its own.
 
     Args:
-        on (`bool`): whether to capture anything.
+        on (`bool`): whether to capture anything. Turned off when something cannot be; what was captured before is
+            still replayed.
     """
 
     def __init__(self, on: bool) -> None:
@@ -68,13 +69,16 @@ class Graphs:
 
     def choose(self, wanted: StepKey) -> StepKey:
         """The step to compute for a plan that fits `wanted`: that one, or a larger one."""
-        if not self.on or self._graphs.get(wanted) is not None:
+        if self._graphs.get(wanted) is not None:
             return wanted
         larger = min((key for key in self.captured if key.holds(wanted)), default=None)
         if larger is None:
             return wanted
-        self._padding[wanted] += larger.bucket.tokens - wanted.bucket.tokens
-        return wanted if self._padding[wanted] > WORTH_A_GRAPH else larger
+        if self.on:
+            self._padding[wanted] += larger.bucket.tokens - wanted.bucket.tokens
+            if self._padding[wanted] > WORTH_A_GRAPH:
+                return wanted
+        return larger
 
     def run(self, key: StepKey, compute: Callable[[], None], record: Callable[[], None]) -> None:
         """Replay a step, or `compute` it; when it comes the second time, `record` it first."""
@@ -90,26 +94,32 @@ class Graphs:
             compute()
 
     def _capture(self, key: StepKey, record: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
-        """`None`, and no more tries, if the model does what cannot be recorded.
-
-        Unlike `torch.cuda.graph`, this waits for nothing and leaves the allocator's cache alone: a step is running.
-        """
+        """`None`, and no more tries, if the model does what cannot be recorded, or memory has no room for it."""
         logger.debug(f"capturing {key}")
-        graph = torch.cuda.CUDAGraph()
         try:
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                record()
-            except BaseException:
-                with suppress(RuntimeError):  # which says no more than that there was an error
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        except torch.OutOfMemoryError:
-            raise
+                return self._record(record)
+            except torch.OutOfMemoryError:  # while it captures, the allocator cannot free what it has cached
+                if not self.count:
+                    self._pool = torch.cuda.graph_pool_handle()
+                torch.cuda.empty_cache()
+                return self._record(record)
         except Exception as error:
             self.on = False
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             logger.warning(f"steps cannot be captured as CUDA graphs, they run as they come: {first_line}")
             return None
+
+    def _record(self, record: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Unlike `torch.cuda.graph`, this waits for nothing and leaves the allocator's cache alone: a step is
+        running."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            record()
+        except BaseException:
+            with suppress(RuntimeError):  # which says no more than that there was an error
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return graph

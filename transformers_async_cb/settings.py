@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .attention import LayerShape, Place, choose_backend
 from .config import AsyncBatchingConfig
+from .gpu import free_memory
 from .groups import PageLayout
 from .logits import LOGITS_FIELDS, OWN_LOGITS_FIELDS, LogitsSettings, Processor
 from .logprobs import MOST_LIKELIEST
@@ -478,9 +479,5 @@ def _host_pages(batching: ContinuousBatchingConfig, page_bytes: int) -> int:
 
 def _free_bytes(device: torch.device, share: float | None) -> int:
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        allowed = total * torch.cuda.get_per_process_memory_fraction(device)  # by the user, to torch in this process
-        room = min(free, allowed - reserved) + reserved - torch.cuda.memory_allocated(device)
-        return max(0, int(room * (0.9 if share is None else share)))
+        return int(free_memory(device) * (0.9 if share is None else share))
     return int(psutil.virtual_memory().available * (0.5 if share is None else share))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..gpu import free_memory
 from ..groups import PageGroup
 from ..model import ModelLoan
 from .workload import Workload
@@ -33,8 +34,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _copy_rate(device: torch.device) -> float:
-    free, _ = torch.cuda.mem_get_info(device)
-    source = torch.zeros(min(2**32, free // 4), dtype=torch.uint8, device=device)
+    source = torch.zeros(min(2**32, free_memory(device) // 4), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _fastest(lambda: target.copy_(source))
 
