@@ -22,6 +22,8 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -60,6 +62,7 @@ _KINDS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, _ROTARY),
     "mistral": (MistralConfig, MistralForCausalLM, _ROTARY | {"sliding_window": 16}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, _LEARNED),
+    "gpt_oss": (GptOssConfig, GptOssForCausalLM, _ROTARY | {"sliding_window": 16}),
 }
 
 
@@ -67,7 +70,7 @@ def new_model(family: str, device: str | torch.device = "cpu", seed: int = 0, **
     """A float32 model that nobody else has. Its wide weights keep the logits of two tokens well apart.
 
     Args:
-        family (`str`): one of `FAMILIES`.
+        family (`str`): one of `FAMILIES`, or "gpt_oss".
         changes: fields of the model's config.
     """
     config_class, model_class, settings = _KINDS[family]

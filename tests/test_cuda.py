@@ -165,7 +165,7 @@ def test_the_limit_of_a_workload_is_below_what_it_takes():
     assert result.peak_gib > 0
 
 
-def test_graphs_find_room_in_what_the_allocator_has_cached():
+def test_steps_and_their_graphs_find_room_in_what_the_allocator_has_cached():
     model = shared_model("llama", "cuda")
     torch.cuda.empty_cache()
     cached = torch.empty(2**28, dtype=torch.uint8, device="cuda")

@@ -6,11 +6,15 @@ import json
 import logging
 
 import pytest
+import torch
 from conftest import generate_alone, greedy, new_model, random_prompts, reference, shared_model
 
 from transformers_async_cb import AsyncBatchingConfig, self_check
+from transformers_async_cb import model as model_module
 from transformers_async_cb.attention import reference as attention
+from transformers_async_cb.matrix.small import small_model
 from transformers_async_cb.model import ModelLoan
+from transformers_async_cb.states import kept as kept_module
 
 
 PROMPTS = random_prompts(3, longest=40)
@@ -108,3 +112,58 @@ def test_a_model_in_training_is_left_so() -> None:
     model = new_model("gpt2").train()
     assert generated(model, STRICT) == [generate_alone(shared_model("gpt2"), prompt, greedy(8)) for prompt in PROMPTS]
     assert model.training
+
+
+class TestHalfPrecision:
+    """What rounding does is told from what is wrong by a second trial in float32."""
+
+    @pytest.fixture(autouse=True)
+    def any_rounding_is_too_much(self, monkeypatch) -> None:
+        for module, name in (
+            (self_check, "_CLOSE_ROUNDED"), (model_module, "CLOSE_ROUNDED"), (kept_module, "CLOSE_ROUNDED"),
+        ):  # fmt: skip
+            monkeypatch.setattr(module, name, -1.0)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "qwen3_next", "mamba2"])
+    def test_a_model_that_is_right_in_float32_runs_batched(self, kind, dtype, trials) -> None:
+        model = small_model(kind).to(dtype)
+        before = {name: (tensor, tensor.data_ptr(), tensor.dtype) for name, tensor in tensors_of(model)}
+        values = {name: tensor.clone() for name, tensor in tensors_of(model)}
+        generated(model, STRICT)
+        assert len(trials) == 2
+        assert {name: (tensor, tensor.data_ptr(), tensor.dtype) for name, tensor in tensors_of(model)} == before
+        assert all(torch.equal(tensor, values[name]) for name, tensor in tensors_of(model))
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+    def test_one_that_is_wrong_is_refused(self, trials, monkeypatch) -> None:
+        monkeypatch.setattr(attention, "attend", forgetful(0))
+        with pytest.raises(ValueError, match="gets other logits on pages"):
+            generated(new_model("llama").bfloat16(), STRICT)
+        assert len(trials) == 2
+
+    def test_one_that_cannot_be_cast_is_refused(self, trials) -> None:
+        model = new_model("llama").bfloat16()
+        model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].bfloat16(),))
+        with pytest.raises(ValueError, match="sequences that are packed would be mixed up"):
+            generated(model, STRICT)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    def test_the_second_trial_does_not_use_autocast(self, trials) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            generated(new_model("llama"), STRICT)
+        assert len(trials) == 2
+
+
+def test_experts_that_rounding_chooses_are_no_reason_to_refuse(trials) -> None:
+    """Routers that find all experts nearly alike, and experts that are not."""
+    model = new_model("gpt_oss", num_hidden_layers=8, num_local_experts=32, num_experts_per_tok=4)
+    for layer in model.model.layers:
+        layer.mlp.router.weight.data *= 1e-4
+        layer.mlp.router.bias.data.zero_()
+    generated(model.bfloat16(), STRICT)
+    assert len(trials) == 2
+
+
+def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -19,7 +19,7 @@ from .model import ModelLoan, NotPaged
 from .progress import show_warm_up
 from .request import Sampling
 from .sequential import Opening, resolve_sequential
-from .settings import Mode, Workload, resolve_engine
+from .settings import EngineSettings, Mode, Workload, resolve_engine
 from .states import Kept, resolve_states
 
 
@@ -145,21 +145,28 @@ class EngineKeeper:
 
     def _new_engine(self, workload: Workload) -> Engine:
         loan, configs = self.loan, (self._batching, self.own, workload)
+        found, settings = self._resolve(workload)
         if self.mode is Mode.PAGES:
-            found = loan.probe()
-            settings = resolve_engine(loan, found, *configs)
             self.choices = explain(settings, loan, *configs)
         elif self.mode is Mode.SEQUENCES:
-            found = Opening(loan)
-            found.try_out()
-            settings = resolve_sequential(loan, found, *configs)
             self.choices = explain_sequential(settings, self._why, *configs)
         else:
-            found = Kept(loan)
-            settings = resolve_states(loan, found, *configs)
             self.choices = explain_states(settings, found, self._why, *configs)
         if self.own.self_check and self.mode is not Mode.SEQUENCES:
-            self_check.check(loan, found, settings)
+            self_check.check(loan, found, settings, lambda: self._resolve(workload))
         for choice in self.choices:
             logger.info(str(choice))
         return Engine(loan, found, settings)
+
+    def _resolve(self, workload: Workload) -> tuple[self_check.Found | Opening, EngineSettings]:
+        """What a trial run finds of the model in this mode, and the settings that fit it."""
+        loan, configs = self.loan, (self._batching, self.own, workload)
+        if self.mode is Mode.PAGES:
+            found = loan.probe()
+            return found, resolve_engine(loan, found, *configs)
+        if self.mode is Mode.SEQUENCES:
+            found = Opening(loan)
+            found.try_out()
+            return found, resolve_sequential(loan, found, *configs)
+        found = Kept(loan)
+        return found, resolve_states(loan, found, *configs)

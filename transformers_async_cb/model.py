@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from . import attention, weights
 from .attention import Attached, LayerShape, PagedLayer, Place
 from .attention.in_pages import TokensBefore
 from .attention.probe import NAME as PROBE
-from .attention.probe import probing
+from .attention.probe import Probe, probing
 from .linear import Products, noting_inputs
 from .model_inputs import has_own_generate
 from .placement import Placement
@@ -27,8 +27,9 @@ _NOT_WORTH_COMPILING = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.Mod
 # Attributes in which PEFT keeps what its layers do.
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
-# Tokens of the trial run.
+# Tokens of the trial run, and how far off what must be alike may be.
 _TRIAL_TOKENS = 40
+CLOSE, CLOSE_ROUNDED = 1e-4, 2e-2
 
 
 class NotPaged(ValueError):
@@ -54,7 +55,7 @@ class ModelLoan:
     """Borrows a model and gives it back.
 
     While it is out, its modules see private copies of their configs, which name our attention; so a second model built
-    from the same config object goes on as before. Parameters, buffers and hooks are never touched.
+    from the same config object goes on as before. Hooks are never touched, and weights keep their values.
 
     Args:
         model (`PreTrainedModel`): any that `generate` runs from token ids.
@@ -223,20 +224,15 @@ class ModelLoan:
         Raises:
             NotPaged: the model asks for something that is not supported.
         """
-        name, device = type(self.model).__name__, self.device
-        count = min(_TRIAL_TOKENS, self.stated_positions or _TRIAL_TOKENS)
-        positions = torch.arange(count, device=device)[None]
-        seen = []
+        name = type(self.model).__name__
         self.separate_products()
         self.model.set_attn_implementation(PROBE)
         try:
-            with trial(self.model, "packed tokens without a cache"):
-                for first, chosen in ((0, positions), (1, positions[:, -2:])):
-                    ids = torch.tensor([[first] * (chosen.shape[1] - 1) + [0]], device=device)
-                    last = torch.tensor([chosen.shape[1] - 1], device=device)
-                    with probing() as probe, noting_inputs(self.model) as groups:
-                        logits = self.forward(ids, chosen, last)
-                    seen.append([*probe.inputs, logits])
+            probe, groups, off = self._try_out()
+            close = CLOSE_ROUNDED if self.rounds else CLOSE
+            if packed and off > close and self.rounds:  # an expert that is chosen otherwise makes any difference
+                with suppress(NotPaged), self.in_float32():
+                    off, close = self._try_out()[2], CLOSE
         finally:
             self.model.set_attn_implementation(attention.NAME)
         if not probe.shapes:
@@ -251,16 +247,30 @@ class ModelLoan:
                     f"{name} generates with a cache that forgets all but {forgets} tokens, which its attention does "
                     "not ask for: async_batching would give other tokens than generate"
                 )
-        for one, other in zip(*seen, strict=True) if packed else ():
-            close = 2e-2 if self.rounds else 1e-4
-            if (one.float() - other.float()).norm() > close * one.float().norm():
-                raise NotPaged(
-                    f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), or "
-                    "counts positions itself: sequences that are packed would be mixed up"
-                )
+        if packed and off > close:
+            raise NotPaged(
+                f"{name} lets tokens see one another outside of attention (a recurrence or a convolution), or counts "
+                "positions itself: sequences that are packed would be mixed up"
+            )
         self._products = Products(self.model, groups)
         self._shapes = probe.shapes
         return probe.shapes
+
+    def _try_out(self) -> tuple[Probe, list[list[nn.Linear]], float]:
+        """What a few tokens show of attention, the products that read the same tensor, and how far what the last token
+        asks of attention is off when fewer tokens, and others, come before it."""
+        count = min(_TRIAL_TOKENS, self.stated_positions or _TRIAL_TOKENS)
+        positions = torch.arange(count, device=self.device)[None]
+        seen = []
+        with trial(self.model, "packed tokens without a cache"):
+            for first, chosen in ((0, positions), (1, positions[:, -2:])):
+                ids = torch.tensor([[first] * (chosen.shape[1] - 1) + [0]], device=self.device)
+                last = torch.tensor([chosen.shape[1] - 1], device=self.device)
+                with probing() as probe, noting_inputs(self.model) as groups:
+                    logits = self.forward(ids, chosen, last)
+                seen.append([*probe.inputs, logits])
+        off = max(difference(other, one) for one, other in zip(*seen, strict=True))
+        return probe, groups, off
 
     def attach(self, layers: dict[Place, PagedLayer]) -> None:
         for place, layer in layers.items():
@@ -335,7 +345,28 @@ class ModelLoan:
     @property
     def rounds(self) -> bool:
         """Whether the model computes with less than the precision of float32 somewhere."""
-        return self.autocast is not None or weights.round_off(self.model)
+        return self.autocast is not None or weights.round_off(self.model) or self._in_tf32
+
+    @property
+    def _in_tf32(self) -> bool:
+        return self.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+
+    @contextmanager
+    def in_float32(self) -> Generator[None]:
+        """Within, the model computes in float32, whatever the types of its weights (but quantised ones), autocast and
+        the user's settings for products. Slow, and those settings are the whole process's."""
+        autocast, self.autocast = self.autocast, None
+        products = torch.backends.cuda.matmul
+        precision = products.fp32_precision
+        try:
+            if self._in_tf32:
+                products.fp32_precision = "ieee"
+            with weights.in_float32(self.model):
+                yield
+        finally:
+            self.autocast = autocast
+            if products.fp32_precision != precision:
+                products.fp32_precision = precision
 
     def note_autocast(self) -> None:
         """The model computes under the `torch.autocast` of the calling thread from now on, whatever thread runs it."""
@@ -366,6 +397,12 @@ class ModelLoan:
         with self.autocasting():
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits[0]
         return logits if self.takes_logits_to_keep else logits[keep]
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far logits are from others, as a share of their size."""
+    off, size = (found.float() - expected.float()).norm(), expected.float().norm()
+    return float(off / size) if off else 0.0
 
 
 def _alike_positions(config: PreTrainedConfig) -> int | None:

@@ -111,6 +111,8 @@ class Runner:
         """Allocate the pages, if they are not there."""
         if self.layers:
             return
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # blocks that other streams have used are of no use to ours
         for slot in self.layout.slots:
             for size in (slot.key_bytes, slot.value_bytes):
                 shape = (self._pages + 1, size // slot.dtype.itemsize)

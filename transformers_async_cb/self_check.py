@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +22,12 @@ from .attention import LayerShape, Place
 from .graphs import StepKey
 from .inputs import StepArrays
 from .lanes import Slot
-from .model import ModelLoan, NotPaged
+from .model import ModelLoan, NotPaged, difference
 from .pages import Pages
 from .request import Request, Rows
 from .runner import Runner
 from .scheduler import Scheduler
-from .sequential import Opening, difference
+from .sequential import Opening
 from .settings import EngineSettings
 from .states import Kept, StateRunner
 from .tables import PageTables
@@ -44,9 +45,10 @@ SHORTEST = 24
 NEW_TOKENS = 4
 # Multiplications that prompts long enough for every window may take on a CPU, and on a GPU: about a second.
 _MOST_WORK = {"cpu": 2e10, "cuda": 1e14}
-# How far the logits of a sequence may be off, as a share of their size. Half precision rounds, and experts are chosen
-# anew where it does, so this is for the median.
+# How far the logits of a sequence may be off, as a share of their size, in the median.
 _CLOSE, _CLOSE_ROUNDED = 1e-3, 0.1
+
+Found = dict[Place, LayerShape] | Kept
 
 
 class Trial(NamedTuple):
@@ -76,24 +78,50 @@ class _NotingStateRunner(_Noting, StateRunner):
 
 
 @torch.no_grad()
-def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: EngineSettings) -> None:
+def check(
+    loan: ModelLoan, found: Found, settings: EngineSettings, resolve: Callable[[], tuple[Found, EngineSettings]]
+) -> None:
     """Compare, unless a model of this class and config has passed before.
 
     Two prompts are computed, one in two chunks if it may be cut, then a few tokens decoded, on a small cache of the
-    check's own. Where the device can compute that many tokens in about a second, they go beyond each window.
+    check's own. Where the device can compute that many tokens in about a second, they go beyond each window. A model
+    in half precision that is off is compared again in float32: where it chooses among experts, rounding alone can make
+    any difference.
 
     Args:
         loan (`ModelLoan`): the model, borrowed. It is given back in between, and borrowed again.
         found (`dict` or `Kept`): what `loan.probe()` found, or what the model keeps.
         settings (`EngineSettings`): of the engine to come.
+        resolve (`Callable`): finds the two anew, for a model whose dtype has changed.
 
     Raises:
         NotPaged: the logits differ.
     """
-    model, begin = loan.model, time.perf_counter()
+    begin, rounds = time.perf_counter(), loan.rounds
     digest = _digest(loan, settings)
     if digest in _passed or digest in _read_file():
         return
+    try:
+        _compare(loan, found, settings, _CLOSE_ROUNDED if rounds else _CLOSE)
+    except NotPaged as refusal:
+        if not rounds:
+            raise
+        try:
+            with loan.in_float32():
+                _compare(loan, *resolve(), _CLOSE)
+        except Exception as error:
+            logger.info(f"compared again in float32: {error}")
+            raise refusal from error
+        finally:
+            resolve()  # what the loan has noted of the model is of its dtype again
+    _passed.add(digest)
+    if time.perf_counter() - begin > WORTH_NOTING:
+        _write_file(digest)
+
+
+def _compare(loan: ModelLoan, found: Found, settings: EngineSettings, close: float) -> None:
+    """Raises `NotPaged` if logits are further off than that."""
+    model = loan.model
     with_states = isinstance(found, Kept)
     length = _prompt_length(loan, found.shapes if with_states else found)
     prompts = [_tokens(count, loan.vocabulary) for count in (2 * length, length)]
@@ -118,23 +146,15 @@ def check(loan: ModelLoan, found: dict[Place, LayerShape] | Kept, settings: Engi
         loan.borrow()
     for trial, logits in zip(trials, expected, strict=True):
         off = statistics.median(difference(a, b) for a, b in zip(trial.logits, logits, strict=True))
-        if not off <= (_CLOSE_ROUNDED if loan.rounds else _CLOSE):
+        if not off <= close:
             batched = "with batched states" if with_states else "on pages"
             raise NotPaged(
                 f"{type(model).__name__} gets other logits {batched} of async_batching than in generate, off by "
                 f"{off:.1%} of their size in a trial of {len(trial.tokens)} tokens"
             )
-    _passed.add(digest)
-    if time.perf_counter() - begin > WORTH_NOTING:
-        _write_file(digest)
 
 
-def _in_steps(
-    loan: ModelLoan,
-    found: dict[Place, LayerShape] | Kept,
-    settings: EngineSettings,
-    prompts: list[np.ndarray],
-) -> list[Trial]:
+def _in_steps(loan: ModelLoan, found: Found, settings: EngineSettings, prompts: list[np.ndarray]) -> list[Trial]:
     """What the engine computes for the prompts: the first in two chunks if prompts are cut, the second whole beside
     the first of them."""
     longest = max(map(len, prompts)) + NEW_TOKENS

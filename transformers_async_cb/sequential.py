@@ -12,7 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from .attention import LayerShape, Place
 from .config import AsyncBatchingConfig
 from .inputs import Bucket, StepArrays
-from .model import ModelLoan, trial
+from .model import CLOSE, CLOSE_ROUNDED, ModelLoan, difference, trial
 from .model_inputs import ModelInputs
 from .request import Rows
 from .runner import Runner
@@ -135,7 +135,7 @@ class Opening:
                 found.append(one.advance(token))
                 other.advance(token)
             for logits, alone_logits in zip(found, expected, strict=True):
-                if difference(logits, alone_logits) > (2e-2 if self._loan.rounds else 1e-4):
+                if difference(logits, alone_logits) > (CLOSE_ROUNDED if self._loan.rounds else CLOSE):
                     raise NotImplementedError(
                         "it keeps something of a sequence outside of its cache, where another sequence changes it"
                     )
@@ -188,11 +188,6 @@ class Opening:
         for of_the_loop in ("logits_processor", "stopping_criteria", "generation_config"):
             begun.pop(of_the_loop)
         return ids, begun
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far logits are from others, as a share of their size."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def _some_tokens(count: int, device: torch.device) -> torch.Tensor:

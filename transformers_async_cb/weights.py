@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
+_HALF = (torch.bfloat16, torch.float16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,3 +54,47 @@ def round_off(model: nn.Module) -> bool:
         is_traceable_wrapper_subclass(parameter) or parameter.dtype != torch.float32
         for parameter in model.parameters()
     )
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Generator[None]:
+    """Within, the model computes in float32, with the values that its weights have. The layers of module lists are
+    cast while they are called, and put back, so that there is a copy of one of them at a time; what else the model has
+    stays cast. Quantised weights stay what they are."""
+    layers = dict.fromkeys(_layers(model))
+    cast: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def put_back(module: nn.Module) -> None:
+        for tensor, data in cast.pop(module, ()):
+            tensor.data = data
+
+    with ExitStack() as undone:
+        for layer in layers:
+            before = layer.register_forward_pre_hook(lambda layer, _: cast.update({layer: _cast(_tensors(layer))}))
+            after = layer.register_forward_hook(lambda layer, *_: put_back(layer))
+            for undo in (before.remove, after.remove, lambda layer=layer: put_back(layer)):
+                undone.callback(undo)
+        in_layers = {tensor for layer in layers for tensor in _tensors(layer)}
+        undone.callback(put_back, model)
+        cast[model] = _cast(tensor for tensor in _tensors(model) if tensor not in in_layers)
+        yield
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The entries of module lists, but for those within others."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _layers(child)
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _cast(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Give those in half precision data in float32; returns what they had."""
+    halves = [t for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.dtype in _HALF]
+    had = [(tensor, tensor.data) for tensor in halves]
+    for tensor in halves:
+        tensor.data = tensor.data.float()
+    return had
