@@ -175,7 +175,7 @@ def test_steps_and_their_graphs_find_room_in_what_the_allocator_has_cached():
     try:
         del cached
         with model.continuous_batching_context_manager(
-            greedy(24), tight(), async_batching=True, warmup=False
+            greedy(24), continuous_batching_config=tight(), async_batching=True, warmup=False
         ) as manager:
             manager.add_requests(random_prompts(40))
             engine = manager._engine
@@ -191,7 +191,7 @@ def test_engines_one_after_another_compute_on_the_same_streams():
     streams = set()
     for _ in range(3):
         with model.continuous_batching_context_manager(
-            greedy(4), tight(), async_batching=True, warmup=False
+            greedy(4), continuous_batching_config=tight(), async_batching=True, warmup=False
         ) as manager:
             manager.add_requests(random_prompts(4))
             lanes = manager._engine.lanes

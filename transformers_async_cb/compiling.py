@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import threading
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -33,6 +35,21 @@ def compiling(device: torch.device) -> Generator[None]:
             if _lets_the_next_start():
                 settings.enter_context(_first_of_all())
         yield
+
+
+def get_ready() -> None:
+    """Have torch load its compiler and start the processes that compile kernels, on a thread of its own: by itself it
+    would do so when the first kernels wait for that."""
+    threading.Thread(target=_load, name="loads the compiler", daemon=True).start()
+
+
+@functools.cache
+def _load() -> None:
+    with suppress(Exception):  # then torch does it later, in its own way
+        importlib.import_module("torch._inductor.compile_fx")
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.use_process_pool()
 
 
 class _Thread(threading.local):

@@ -102,6 +102,8 @@ def continuous_batching_context_manager(
     Args:
         warmup (`bool`): compile and capture the largest steps first, see `AsyncBatchingManager.warmup`.
     """
+    if not isinstance(block, int):
+        raise ValueError(f"block must be True or False, got {type(block).__name__}: pass configs by their names")
     manager = init_continuous_batching(
         model, generation_config, continuous_batching_config, workload_hints,
         async_batching=async_batching, tokenizer=tokenizer, stopping_criteria=stopping_criteria,

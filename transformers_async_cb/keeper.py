@@ -10,7 +10,7 @@ import torch
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 from transformers.utils import logging
 
-from . import self_check
+from . import compiling, self_check
 from .choices import Choice, explain, explain_sequential, explain_states
 from .config import AsyncBatchingConfig
 from .engine import Engine
@@ -146,6 +146,8 @@ class EngineKeeper:
     def _new_engine(self, workload: Workload) -> Engine:
         loan, configs = self.loan, (self._batching, self.own, workload)
         found, settings = self._resolve(workload)
+        if settings.compiled and loan.device.type == "cuda":
+            compiling.get_ready()
         if self.mode is Mode.PAGES:
             self.choices = explain(settings, loan, *configs)
         elif self.mode is Mode.SEQUENCES:

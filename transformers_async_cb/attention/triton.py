@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
+# What is read a number at a time, of any size and wherever it lies: one kernel serves all.
+_ANY = {
+    "do_not_specialize": ["table_stride"],
+    "do_not_specialize_on_alignment": [
+        "page_table", "token_rows", "positions", "rows", "query_starts", "lengths", "counts", "work", "counters",
+    ],
+}  # fmt: skip
+
 
 class _Tile(NamedTuple):
     """How a program walks over the keys."""
@@ -121,7 +129,7 @@ def _write_pages(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(**_ANY)
 def _write_pages_kernel(
     key, value, key_pages, value_pages, page_table, token_rows, positions,
     table_stride, key_st, key_sh, key_sd, value_st, value_sh, value_sd,
@@ -208,7 +216,7 @@ def _attend_block(
     return new_maximum, total, acc
 
 
-@triton.jit
+@triton.jit(**_ANY)
 def _decode_kernel(
     query, key, value, key_pages, value_pages, out, partial, weights, work, counters,
     page_table, rows, query_starts, lengths, sinks, scaling, table_stride,
@@ -319,7 +327,7 @@ def _decode_kernel(
     tl.store(where, acc.to(out.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+@triton.jit(**_ANY)
 def _prefill_kernel(
     query, key_pages, value_pages, out, counts, page_table, rows, query_starts, lengths, sinks,
     scaling, table_stride, q_token, q_head, q_dim, kp_page, kp_token, kp_head, vp_page, vp_token, vp_head,
