@@ -168,7 +168,7 @@ def test_the_limit_of_a_workload_is_below_what_it_takes():
 def test_steps_and_their_graphs_find_room_in_what_the_allocator_has_cached():
     model = shared_model("llama", "cuda")
     torch.cuda.empty_cache()
-    cached = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    cached = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     fraction = torch.cuda.get_per_process_memory_fraction()
     total = torch.cuda.get_device_properties(model.device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**20) / total)

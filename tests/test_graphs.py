@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from transformers_async_cb import graphs as module
-from transformers_async_cb.graphs import WORTH_A_GRAPH, Graphs, StepKey
+from transformers_async_cb.graphs import Graphs, StepKey, worth_a_graph
 from transformers_async_cb.inputs import Bucket
 from transformers_async_cb.sampling import Flavour
+
+
+WORTH = 8192
 
 
 class CountingGraph:
@@ -26,7 +29,7 @@ class CountingGraph:
 def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", CountingGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    return Graphs(on=True)
+    return Graphs(on=True, worth=WORTH)
 
 
 def decoding(rows: int, **flavour: bool) -> StepKey:
@@ -75,7 +78,7 @@ def test_a_step_that_none_holds_is_computed_as_it_comes(graphs, wanted):
 def test_a_step_gets_a_graph_of_its_own_when_its_padding_would_have_paid_for_it(graphs):
     capture(graphs, decoding(256))
     padding = 256 - 16
-    by_another = [graphs.choose(decoding(16)) for _ in range(WORTH_A_GRAPH // padding)]
+    by_another = [graphs.choose(decoding(16)) for _ in range(WORTH // padding)]
     assert by_another == [decoding(256)] * len(by_another)
     assert graphs.choose(decoding(16)) == decoding(16)
     assert computed(graphs, decoding(16)) == ["computed"]
@@ -141,5 +144,11 @@ def test_graphs_that_are_there_are_used_when_memory_has_no_room_for_more(graphs,
     assert happened == ["computed"] * 3
     assert warnings == ["steps cannot be captured as CUDA graphs, they run as they come: no memory"]
     assert not graphs.on
-    assert {graphs.choose(decoding(8)) for _ in range(WORTH_A_GRAPH)} == {decoding(16)}
+    assert {graphs.choose(decoding(8)) for _ in range(WORTH)} == {decoding(16)}
     assert computed(graphs, decoding(16)) == []
+
+
+def test_padding_weighs_more_in_a_larger_model():
+    assert worth_a_graph(600_000_000) == 8192
+    assert worth_a_graph(8_000_000_000) == 1875
+    assert worth_a_graph(10**15) == 1

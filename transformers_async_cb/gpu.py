@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -26,6 +28,22 @@ def runs_triton(tensor: torch.Tensor) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; a small number where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def compile_together(device: torch.device, *calls: tuple[Any, tuple, dict[str, Any]]) -> None:
+    """Compile kernels in Triton for calls to come, each on a thread of its own: most of the time LLVM, ptxas and a C
+    compiler work, and do not hold the interpreter's lock.
+
+    Args:
+        calls: kernel, positional arguments and keyword arguments of each.
+    """
+    import triton
+
+    with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as threads:
+        with triton.AsyncCompileMode(threads):
+            made = [kernel.warmup(*arguments, grid=(1,), **options) for kernel, arguments, options in calls]
+        compiled = [each.result() if isinstance(each, triton.FutureKernel) else each for each in made]
+        list(threads.map(lambda kernel: kernel.run, compiled))  # which makes what launches it
 
 
 def free_memory(device: torch.device) -> int:

@@ -16,9 +16,15 @@ from .sampling import Flavour
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# Padding tokens that a step takes to be worth a graph of its own. To compute a step uncaptured once and then capture
-# it takes 0.2 s on an H200 with a model of 8B parameters, about as long as that many tokens.
-WORTH_A_GRAPH = 8192
+# What a graph of its own saves a step is padding: it is worth so many tokens of it, or fewer if they are so many
+# operations. To compute a step uncaptured once and then capture it holds others up by about 40 ms on an H100, in which
+# that computes as many.
+_WORTH_TOKENS, _WORTH_FLOPS = 8192, 3e13
+
+
+def worth_a_graph(parameters: int) -> int:
+    """Padding tokens that a step of a model with so many parameters takes to be worth a graph of its own."""
+    return max(1, int(min(_WORTH_TOKENS, _WORTH_FLOPS / (2 * parameters))))
 
 
 class StepKey(NamedTuple):
@@ -45,12 +51,14 @@ class Graphs:
     already, until the padding of that would have paid for a graph of its own.
 
     Args:
+        worth (`int`): padding tokens that a step takes to be worth a graph.
         on (`bool`): whether to capture anything. Turned off when something cannot be; what was captured before is
             still replayed.
     """
 
-    def __init__(self, on: bool) -> None:
+    def __init__(self, on: bool, worth: int) -> None:
         self.on = on
+        self._worth = worth
         self._graphs: dict[StepKey, torch.cuda.CUDAGraph | None] = {}  # None: was computed once
         self._padding: Counter[StepKey] = Counter()
         self.count = 0  # captured, and not forgotten; any thread may read it
@@ -76,7 +84,7 @@ class Graphs:
             return wanted
         if self.on:
             self._padding[wanted] += larger.bucket.tokens - wanted.bucket.tokens
-            if self._padding[wanted] > WORTH_A_GRAPH:
+            if self._padding[wanted] > self._worth:
                 return wanted
         return larger
 

@@ -12,7 +12,7 @@ from .attention import LayerShape, PagedLayer, Place, Step, computing
 from .compiling import compiling
 from .gpu import side_by_side
 from .grammars import mask_words
-from .graphs import Graphs, StepKey
+from .graphs import Graphs, StepKey, worth_a_graph
 from .inputs import Bucket, StepArrays, share_out, unpack
 from .lanes import Slot
 from .logits import SHAPING_WORDS, Call, Tables, mask, shape
@@ -70,7 +70,7 @@ class Runner:
         self.backend = settings.backend
         self.fused = settings.fused
         self.compiled = settings.compiled
-        self.graphs = Graphs(settings.graphs)
+        self.graphs = Graphs(settings.graphs, worth_a_graph(sum(p.numel() for p in loan.model.parameters())))
         self.warming_up: str | None = None  # what is being compiled or captured, which any thread may read
         self._met: set[StepKey] = set()  # steps that were compiled for, if need be
         self.padding_row = rows.count

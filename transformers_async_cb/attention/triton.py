@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpu import early, multiprocessors
+from ..gpu import compile_together, early, multiprocessors
 from ..inputs import MOST_PARTS
 
 
@@ -24,6 +24,10 @@ _ANY = {
         "page_table", "token_rows", "positions", "rows", "query_starts", "lengths", "counts", "work", "counters",
     ],
 }  # fmt: skip
+
+
+# Kinds of layers whose kernels were compiled.
+_compiled: set[tuple] = set()
 
 
 class _Tile(NamedTuple):
@@ -87,20 +91,34 @@ def attend(
     padded_group = triton.next_power_of_2(group)
     partial = query.new_empty(len(step.work), heads, value_dim, dtype=torch.float32)
     weights = query.new_empty(len(step.work), heads, dtype=torch.float32)
-    _decode_kernel[(kv_heads, len(step.work))](
+    decode_arguments = (
         query, key, value, key_pages, value_pages, out, partial, weights, step.work, step.counters, *layout,
-        *key.stride(), *value.stride(), **shared,
-        ROWS=max(16, padded_group), KEYS=decode.keys, PARTS=MOST_PARTS, WRITES=step.decode_only,
-        num_warps=max(decode.warps, min(4, padded_group // 16)), num_stages=decode.stages, **early(query.device),
+        *key.stride(), *value.stride(),
     )  # fmt: skip
+    decode_options = shared | {
+        "ROWS": max(16, padded_group), "KEYS": decode.keys, "PARTS": MOST_PARTS,
+        "num_warps": max(decode.warps, min(4, padded_group // 16)), "num_stages": decode.stages,
+        **early(query.device),
+    }  # fmt: skip
+    queries = max(1, most_queries // padded_group)
+    prefill_arguments = (query, key_pages, value_pages, out, step.counts, *layout)
+    prefill_options = shared | {
+        "QUERIES": queries, "PADDED_GROUP": padded_group, "KEYS": prefill.keys,
+        "num_warps": prefill.warps, "num_stages": prefill.stages,
+    }  # fmt: skip
+    kind = (query.device, query.dtype, kv_heads, sinks is None, *prefill_options.items())
+    if query.is_cuda and kind not in _compiled:
+        _compiled.add(kind)
+        compile_together(
+            query.device,
+            (_decode_kernel, decode_arguments, {**decode_options, "WRITES": True}),
+            (_decode_kernel, decode_arguments, {**decode_options, "WRITES": False}),
+            (_prefill_kernel, prefill_arguments, prefill_options),
+        )
+    _decode_kernel[(kv_heads, len(step.work))](*decode_arguments, **decode_options, WRITES=step.decode_only)
     if not step.decode_only:
-        queries = max(1, most_queries // padded_group)
         programs = min(tokens // queries + sequences, triton.cdiv(4 * multiprocessors(query.device), kv_heads))
-        _prefill_kernel[(programs, kv_heads)](
-            query, key_pages, value_pages, out, step.counts, *layout, **shared,
-            QUERIES=queries, PADDED_GROUP=padded_group, KEYS=prefill.keys, num_warps=prefill.warps,
-            num_stages=prefill.stages,
-        )  # fmt: skip
+        _prefill_kernel[(programs, kv_heads)](*prefill_arguments, **prefill_options)
     return out
 
 
