@@ -798,6 +798,27 @@ class TestFamilies:
             assert [simulation.results[r.id].error for r in family] == ["no more", "no more", None, None]
             assert simulation.results[family[3].id].generated_tokens == answer_of(family[3])
 
+    def test_go_on_when_those_end_that_computed_the_prompt_anew_and_that_came_back_from_the_host(
+        self, depth: int
+    ) -> None:
+        family = first, anew, back, last = new_family(0, 20, 120, 4)
+        simulation = Simulation(depth, 150, 1, 3, 6, 150, host_pages=8, reuse=False)
+        simulation.add(*family)
+        scheduler = simulation.scheduler
+        for _ in range(200):
+            simulation.turn()
+            if scheduler.preemptions == 2 and len(scheduler.row_of) == 1:
+                break
+        scheduler.cancel(first, "cancelled")
+        while scheduler.row_of.keys() != {anew.id, back.id}:
+            simulation.turn()
+        assert scheduler.rows.computed[scheduler.row_of[anew.id]] < 20
+        for request in (back, anew):
+            scheduler.cancel(request, "cancelled")
+            simulation.turn()
+        simulation.run()
+        assert simulation.results[last.id].generated_tokens == answer_of(last)
+
     def test_all_end_by_their_deadline_though_they_were_held_back(self, depth: int) -> None:
         simulation = Simulation(depth, 100, 4, 8, 10, 60)
         simulation.add(*new_family(0, 35, 3, 4, deadline=time.perf_counter() + 0.005))

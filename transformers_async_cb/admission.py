@@ -100,8 +100,8 @@ class Admission:
                     return None
             elif request.family is not None and not kept:
                 source = self._source(request)
-                if source is None and self._is_computing(request):
-                    self.line.hold_first_back()
+                if source is None and (leader := self._computing(request)) is not None:
+                    self.line.hold_first_back(leader)
                     continue
             if source is None and request.unscored and not scores:
                 return None
@@ -232,14 +232,14 @@ class Admission:
                 return row
         return None
 
-    def _is_computing(self, request: Request) -> bool:
-        """Whether the prompt is being computed by another that can be copied then."""
+    def _computing(self, request: Request) -> Request | None:
+        """Another that is computing the prompt, and can be copied then."""
         r, needed = self.rows, self.fork_point(request)
-        return any(
-            r.phase[row] == Phase.RUNNING
-            and (r.computed[row] < needed or (not self.states and (r.moving[row] or row in self._fresh)))
-            for row in request.family.rows
-        )
+        for row in request.family.rows:
+            coming = r.computed[row] < needed or (not self.states and (r.moving[row] or row in self._fresh))
+            if r.phase[row] == Phase.RUNNING and coming:
+                return r.request[row]
+        return None
 
     def _fork(self, source: int, row: int) -> None:
         """Let a row that holds the full pages of the source's prompt begin behind the prompt's last token but one."""

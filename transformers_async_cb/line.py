@@ -56,9 +56,11 @@ class Line:
     def pop(self) -> Request:
         return heapq.heappop(self.waiting)[1]
 
-    def hold_first_back(self) -> None:
+    def hold_first_back(self, leader: Request) -> None:
         """Another of its family computes its prompt."""
-        self._hold_back(self.pop())
+        request = self.pop()
+        request.family.leader = leader
+        self._hold_back(request)
 
     def _hold_back(self, request: Request) -> None:
         request.family.held_back.append(request)
