@@ -149,6 +149,27 @@ class TestGenerating:
             assert mine.is_contiguous()
             assert mine.untyped_storage().nbytes() == mine.numel() * mine.element_size()
 
+    def test_in_inference_mode_leaves_parameters_that_can_be_trained(self) -> None:
+        model = new_model("llama")
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with (
+            torch.inference_mode(),
+            model.continuous_batching_context_manager(greedy(8), async_batching=FUSED) as manager,
+            manager.update_weights(),
+        ):
+            model.load_state_dict(weights, assign=True)
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+        model.requires_grad_(True)
+        model(torch.tensor([PROMPTS[0]])).logits.sum().backward()
+        assert generated(model) == [reference(shared_model("llama"), prompt, greedy(8)) for prompt in PROMPTS]
+
+    def test_runs_a_model_that_was_made_in_inference_mode(self) -> None:
+        with torch.inference_mode():
+            model = new_model("llama")
+        expected = [reference(shared_model("llama"), prompt, greedy(8)) for prompt in PROMPTS]
+        assert generated(model) == expected
+        assert generate_alone(model, PROMPTS[0], greedy(8)) == expected[0]
+
     def test_follows_weights_that_change_in_place_or_move_while_a_manager_is_kept(self, tmp_path) -> None:
         model = new_model("llama")
         assert generated(model, persistent_manager=True) == [

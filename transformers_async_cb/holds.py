@@ -94,8 +94,9 @@ class Holds:
             with self._keeper.lock:
                 self._count -= 1
                 if self._count == 0:
-                    self._keeper.loan.borrow()
-                    self._keeper.engine.attach()
+                    with torch.inference_mode(False), torch.no_grad():  # weights may be joined anew
+                        self._keeper.loan.borrow()
+                        self._keeper.engine.attach()
                 self._keeper.engine.lanes.enter()
         except BaseException:
             self._mailbox.ask_to_stop(hard=True)

@@ -145,6 +145,7 @@ class Products:
             parent._modules[name] = child
         self._replaced.clear()
 
+    @torch.inference_mode(False)  # of a caller who has it on, weights would come back that cannot be trained
     def separate(self) -> None:
         """Give the weights storage of their own again, one group after another: never all of them twice in memory."""
         while self._shared:
@@ -209,13 +210,14 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _joinable(linear: nn.Linear, other: nn.Linear, uses: dict[int, int]) -> bool:
-    """Whether the weights of `linear` may move: nobody else has them, and they are not part of something larger."""
+    """Whether the weights of `linear` may move: nobody else has them, they are not part of something larger, and torch
+    can give them other storage, which tensors of inference mode do not survive."""
     parameters = [linear.weight] + ([] if linear.bias is None else [linear.bias])
     return (
         linear.in_features == other.in_features
         and linear.weight.dtype == other.weight.dtype
         and (linear.bias is None) == (other.bias is None)
-        and all(uses.get(id(p)) == 1 and p.is_contiguous() for p in parameters)
+        and all(uses.get(id(p)) == 1 and p.is_contiguous() and not p.is_inference() for p in parameters)
         and all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in parameters)
     )
 
