@@ -230,6 +230,18 @@ def test_memory_is_given_back_in_a_sleep_and_requests_go_on_after_it() -> None:
     assert {i: output.generated_tokens for i, output in outputs.items()} == expected
 
 
+def test_a_step_that_fails_leaves_no_states_in_modules() -> None:
+    model = small_model("recurrent_gemma")
+    block, fails = model.model.layers[0], [False]
+    block.mlp_block.register_forward_hook(lambda *_: 1 // 0 if fails[0] else None)
+    with model.continuous_batching_context_manager(greedy(4), async_batching=True) as manager:
+        fails[0] = True
+        output = manager.get_result(manager.add_request(PROMPTS[0]), timeout=60)
+    assert "ZeroDivisionError" in output.error
+    assert block.temporal_block.conv1d_state is None
+    assert block.temporal_block.rg_lru.recurrent_states is None
+
+
 class TestWhatCannotBeBatched:
     """Decoding of one sequence alone, keys that the model keeps itself."""
 

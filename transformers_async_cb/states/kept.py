@@ -119,10 +119,11 @@ class Kept:
         Returns:
             Logits `[B, n or 1, V]`, and the states to resume with.
         """
-        logits, cache = self._run(cache, ids, positions, every)
-        states = self._of(cache)
-        self._set_modules([None] * len(self._in_modules))
-        return logits, states
+        try:
+            logits, cache = self._run(cache, ids, positions, every)
+            return logits, self._of(cache)
+        finally:
+            self._set_modules([None] * len(self._in_modules))
 
     def _of(self, cache: Any) -> list[torch.Tensor]:
         """The states in a cache object, and in modules."""
