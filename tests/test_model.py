@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -263,6 +264,14 @@ class TestMeanwhile:
             assert "generating with async_batching" in str(error)
             assert "stop the manager" in str(error)
         assert output.generated_tokens == reference(shared_model("llama"), PROMPT, greedy(LONG))
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+    def test_copying_the_model_is_refused_but_in_a_pause(self, model, copied: Callable) -> None:
+        with model.continuous_batching_context_manager(greedy(3), async_batching=True) as manager:
+            with pytest.raises(RuntimeError, match=r"cannot be copied or pickled meanwhile: .*manager\.pause"):
+                copied(model)
+            with manager.pause():
+                copied(model)
 
     def test_a_second_manager_is_refused(self, model) -> None:
         with model.continuous_batching_context_manager(greedy(100), async_batching=True) as manager:

@@ -39,9 +39,11 @@ class NotPaged(ValueError):
 @contextmanager
 def trial(model: PreTrainedModel, what: str, refusal: type[ValueError] = NotPaged) -> Generator[None]:
     """Within, a model is tried out with `what`. Raises `refusal` that says what it does that is not supported
-    (`NotImplementedError`), or how it failed."""
+    (`NotImplementedError`), or how it failed; but for want of memory, which says nothing about the model."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except NotImplementedError as error:
         raise refusal(f"{type(model).__name__} is not supported by async_batching yet: {error}") from error
     except Exception as error:
@@ -49,6 +51,16 @@ def trial(model: PreTrainedModel, what: str, refusal: type[ValueError] = NotPage
             f"{type(model).__name__} is not supported by async_batching: a trial run of {what} failed with "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+class _OnLoan:
+    """What marks a model that is out. A copy would have the mark, and pages of its own."""
+
+    def __reduce__(self) -> tuple:
+        raise RuntimeError(
+            "this model is generating with async_batching and cannot be copied or pickled meanwhile: stop the manager "
+            "first, or do it inside manager.pause()"
+        )
 
 
 class ModelLoan:
@@ -161,7 +173,7 @@ class ModelLoan:
         if getattr(self.model, self._MARK, False):
             raise RuntimeError("this model is generating already: stop the manager that has it first")
         self.placement = Placement.of(self.model)  # which may have changed
-        setattr(self.model, self._MARK, True)
+        setattr(self.model, self._MARK, _OnLoan())
         self.out = True
         copies: dict = {}
         for module in self.model.modules():
