@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import batching, engine_threads, greedy, new_model, random_prompts, reference, shared_model
+from conftest import (
+    batching,
+    engine_threads,
+    generate_alone,
+    greedy,
+    new_model,
+    random_prompts,
+    reference,
+    shared_model,
+)
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
@@ -30,6 +40,7 @@ from transformers_async_cb.prefill import Prefill
 from transformers_async_cb.request import Rows
 from transformers_async_cb.runner import Runner
 from transformers_async_cb.scheduler import Scheduler
+from transformers_async_cb.settings import Mode
 
 
 PATIENCE = 30  # seconds, for what comes at once
@@ -990,6 +1001,21 @@ class TestFailures:
             in_thread(pause)()
         manager.stop()
 
+    def test_for_want_of_memory_say_nothing_about_how_a_model_can_be_run(self, llama) -> None:
+        def fail(*_: object) -> None:
+            handle.remove()
+            raise torch.OutOfMemoryError("none left")
+
+        handle = llama.get_input_embeddings().register_forward_hook(fail)
+        manager = new_manager(llama, greedy(4))
+        with pytest.raises(torch.OutOfMemoryError, match="none left"):
+            manager.start()
+        manager.start()
+        output = manager.get_result(manager.add_request(PROMPT), timeout=PATIENCE)
+        manager.stop()
+        assert manager.mode is Mode.PAGES
+        assert output.generated_tokens == generates(PROMPT, greedy(4))
+
     def test_while_building_give_the_model_back(self, llama, monkeypatch: pytest.MonkeyPatch) -> None:
         before = llama.config
         with monkeypatch.context() as broken:
@@ -1025,6 +1051,67 @@ class TestFailures:
         assert engine_threads() == []
         outputs = model.generate_batch([PROMPT], generation_config=greedy(4), async_batching=True)
         assert outputs["req_0"].generated_tokens == generates(PROMPT, greedy(4))
+
+
+class TestThreadsOfTheEngine:
+    """On which criteria, processors and hooks of the user's are called, and the garbage collector may run."""
+
+    @pytest.mark.parametrize("hold", ["pause", "update_weights", "sleep", "recording"])
+    def test_cannot_hold_the_loop_that_waits_for_them(self, llama, hold: str) -> None:
+        def criterion(ids: torch.Tensor, scores: None) -> bool:
+            with getattr(manager, hold)() or nullcontext():
+                return False
+
+        manager = llama.init_continuous_batching(greedy(4), async_batching=True)
+        manager.start()
+        output = manager.get_result(manager.add_request(PROMPT, stopping_criteria=[criterion]), timeout=PATIENCE)
+        manager.stop()
+        assert "cannot hold the manager from one of its own threads" in output.error
+
+    def test_add_requests_but_do_not_wait_for_room(self, llama) -> None:
+        def criterion(ids: torch.Tensor, scores: None) -> bool:
+            added.append(manager.add_request(PROMPT, stopping_criteria=[]))
+            return False
+
+        added: list[str] = []
+        manager = llama.init_continuous_batching(
+            greedy(8), batching(max_queue_size=1, max_requests_per_batch=1), async_batching=True
+        )
+        manager.start()
+        output = manager.get_result(manager.add_request(PROMPT, stopping_criteria=[criterion]), timeout=PATIENCE)
+        assert "the queue has no room for 1 more requests (max_queue_size=1)" in output.error
+        assert manager.get_result(added[0], timeout=PATIENCE).generated_tokens == generates(PROMPT, greedy(8))
+        manager.stop()
+
+    def test_end_a_stream_of_results_that_is_collected_there(self) -> None:
+        model, collected = new_model("llama"), threading.Event()
+
+        def collect(*_: object) -> None:
+            if dropped.is_set() and not collected.is_set():
+                collected.set()
+                gc.collect()
+
+        dropped = threading.Event()
+        model.lm_head.register_forward_hook(collect)
+        results = model.generate_batch(
+            [PROMPT] * 4, greedy(LONG), async_batching=True, stream=True,
+            request_settings=[{"max_new_tokens": 1}, {}, {}, {}],
+        )  # fmt: skip
+        next(results)
+        gc.disable()
+        try:
+            cycle: list = [results]
+            cycle.append(cycle)
+            del results, cycle
+            dropped.set()
+            assert collected.wait(PATIENCE)
+            end = time.monotonic() + PATIENCE
+            while engine_threads() and time.monotonic() < end:
+                time.sleep(0.01)
+        finally:
+            gc.enable()
+        assert engine_threads() == []
+        assert generate_alone(model, PROMPT, greedy(3)) == generates(PROMPT, greedy(3))
 
 
 class TestLongPrompts:

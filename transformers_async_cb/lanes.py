@@ -30,6 +30,8 @@ class Event(Protocol):
 class Lane(Protocol):
     """Work done one piece after another, in the order given, beside the calling thread."""
 
+    here: bool  # the calling thread does the work of this lane
+
     def run(self, work: Callable[[], None]) -> None: ...
 
     def record(self, timed: bool = False) -> Event: ...
@@ -51,6 +53,8 @@ class CudaLane:
     The streams of lanes that were closed are used again: for each that it meets, cuBLAS keeps 32 MiB (on Hopper) as
     long as the process lives.
     """
+
+    here = False  # the device does it
 
     _spare: ClassVar[defaultdict[torch.device, list[torch.cuda.Stream]]] = defaultdict(list)
 
@@ -105,6 +109,10 @@ class HostLane:
         )
         self._thread.start()
         self._error: BaseException | None = None
+
+    @property
+    def here(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def run(self, work: Callable[[], None]) -> None:
         self._queue.put(lambda: self._do(work))
@@ -225,6 +233,11 @@ class Lanes:
         lane = CudaLane(self.device) if self.device.type == "cuda" else HostLane(name)
         self._all.append(lane)
         return lane
+
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is one of the lanes'."""
+        return any(lane.here for lane in self._all)
 
     def enter(self) -> None:
         """Order all later work of the lanes after what the calling thread has enqueued on its current stream."""

@@ -68,6 +68,13 @@ class LoopThread:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def here(self) -> bool:
+        """Whether the calling thread is the loop's, or one that the loop waits for: then it cannot wait for the loop.
+        Criteria, processors and hooks of the user's are called there, and what the collector ends may be, too."""
+        engine = self.keeper.engine
+        return threading.current_thread() is self._thread or (engine is not None and engine.lanes.here)
+
     def start(self, workload: Workload) -> None:
         """Begin the loop, on an engine that fits the model and the workload. Called with the keeper's lock held."""
         if self.fatal_error is not None:
@@ -106,7 +113,7 @@ class LoopThread:
                 return
             self._mailbox.ask_to_stop(hard)
         self._holds.wake(cache=not hard and bool(self._door.live))
-        waits = block and thread is not threading.current_thread()
+        waits = block and not self.here
         if not (waits and self._wait_for(thread, timeout)) and self._settle_later(thread, settle):
             return
         with self.keeper.lock:

@@ -262,6 +262,14 @@ class AsyncBatchingManager:
     def _check_running(self) -> None:
         if not self.is_running():
             raise RuntimeError("cannot pause, the manager is not running")
+        self._check_elsewhere()
+
+    def _check_elsewhere(self) -> None:
+        if self._loop.here:
+            raise RuntimeError(
+                "cannot hold the manager from one of its own threads, on which stopping criteria, logits processors "
+                "and hooks are called"
+            )
 
     @contextmanager
     def update_weights(self, in_flight: str = "keep") -> Generator[PreTrainedModel]:
@@ -299,6 +307,7 @@ class AsyncBatchingManager:
             if not self.is_running():
                 self._holds.sleep(running=False)
                 return
+        self._check_elsewhere()
         self._holds.sleep(running=True)
 
     def wake(self) -> None:
@@ -335,6 +344,7 @@ class AsyncBatchingManager:
         """Within, the loop notes what it does; after it, the recorder may be read."""
         if self._loop.recorder is not None:
             raise RuntimeError("this manager's timeline is being recorded already")
+        self._check_elsewhere()
         recorder = Recorder()
         self._loop.set_recorder(recorder)
         try:
@@ -485,7 +495,7 @@ class AsyncBatchingManager:
     @property
     def _may_wait(self) -> bool:
         """Whether something takes requests out of the queue while this thread waits."""
-        return self.is_running() and not self._holds.here
+        return self.is_running() and not self._holds.here and not self._loop.here
 
     def cancel_request(self, request_id: str) -> None:
         """End a request: its result has the tokens so far and an error that says so. The id of a request with several
