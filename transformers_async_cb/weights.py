@@ -92,8 +92,10 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _cast(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Give those in half precision data in float32; returns what they had."""
-    halves = [t for t in tensors if type(t) in (torch.Tensor, nn.Parameter) and t.dtype in _HALF]
+    """Give those in half precision data in float32; returns what they had. Tensors of inference mode would not survive
+    that."""
+    plain = [tensor for tensor in tensors if type(tensor) in (torch.Tensor, nn.Parameter)]
+    halves = [tensor for tensor in plain if tensor.dtype in _HALF and not tensor.is_inference()]
     had = [(tensor, tensor.data) for tensor in halves]
     for tensor in halves:
         tensor.data = tensor.data.float()
