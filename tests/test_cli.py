@@ -220,10 +220,11 @@ def test_the_doctor_measures_no_longer_requests_than_there_is_room_for() -> None
         cli.main(["doctor", "--device", "cpu", "--length", "1000000000000"])
 
 
-def test_an_interrupted_command_ends_with_a_word(monkeypatch) -> None:
+def test_an_interrupted_command_ends_with_a_word(monkeypatch, capsys) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shapes, "load", interrupt)
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(SystemExit, match="130"):
         cli.main(["demo", "--device", "cpu"])
+    assert capsys.readouterr().err.endswith("interrupted\n")

@@ -29,4 +29,5 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as shells have it

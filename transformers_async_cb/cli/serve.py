@@ -76,7 +76,12 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         sys.exit(f"transformers-async-cb serve: {error}")
     server = Server(manager, tokenizer, options.name or options.model)
-    GracefulServer(server, options.host, options.port, options.grace, log_level="info", access_log=False).run()
+    try:
+        GracefulServer(server, options.host, options.port, options.grace, log_level="info", access_log=False).run()
+    except KeyboardInterrupt:
+        pass  # which is how it ends, and raised again when it has
+    finally:
+        manager.stop(hard_stop=True)
 
 
 def _port(text: str) -> int:
