@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig
 
 from .. import shapes
 from ..config import AsyncBatchingConfig
@@ -18,7 +18,7 @@ from .arguments import DTYPES, add_device, loading, natural, number, positive
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("serve", help="serve a model with the routes of OpenAI's interface")
     parser.set_defaults(run=run)
-    parser.add_argument("model", help="a folder or a hub name, with a tokenizer")
+    parser.add_argument("model", help=f"a folder or a hub name, with a tokenizer; or {', '.join(shapes.SHAPES)}")
     parser.add_argument("--name", help="what clients call the model (default: as given)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8000, help="0 takes any that is free (default: 8000)")
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     except ImportError as error:
         sys.exit(f"serve needs {error.name}: pip install 'transformers-async-cb[serve]'")
     with loading(options.model):
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        tokenizer = shapes.load_tokenizer(options.model)
     if options.response_template is not None:
         tokenizer.response_template = options.response_template
         try:
