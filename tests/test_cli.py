@@ -27,6 +27,7 @@ class TestDemo:
     def test_compares_every_request_with_generate(self, capsys) -> None:
         cli.main(["demo", "--requests", "5", "--new-tokens", "6", "--device", "cpu"])
         lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("tiny in float32"), "no bar, nor room for one, where there is no terminal"
         for name in ("overlap on", "overlap off"):
             (row,) = [line for line in lines if name in line]
             assert "5 of 5" in row

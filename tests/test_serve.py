@@ -517,6 +517,12 @@ class TestAServer:
         assert process.returncode == 0
         assert "Traceback" not in said
 
+    def test_of_a_shape_needs_no_folder(self) -> None:
+        with by_command(Path("tiny")) as (process, url):
+            status, answer = ask(f"{url}/v1/completions", {"model": "tiny", "prompt": "a"})
+            process.send_signal(signal.SIGINT)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 16)
+
     def test_that_is_terminated_finishes_what_it_can_and_fails_the_rest(self, folder: Path) -> None:
         with by_command(folder, "--grace", "0.5", "--max-requests", "2") as (process, url):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     matches = dict.fromkeys(runs, 0)
     begin = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing with model.generate", total=len(prompts))
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt], device=model.device)

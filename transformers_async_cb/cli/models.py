@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         names = wanted
     verdicts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("models", total=len(names))
         for verdict in judge_all(names, options.jobs):
             verdicts.append(verdict)

@@ -12,7 +12,7 @@ from transformers import ContinuousBatchingConfig
 
 from .. import shapes
 from ..config import AsyncBatchingConfig
-from .arguments import DTYPES, add_device, loading, natural, number, positive
+from .arguments import DTYPES, add_device, dtype_for, loading, natural, number, positive
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -23,7 +23,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
     parser.add_argument("--port", type=_port, default=8000, help="0 takes any that is free (default: 8000)")
     add_device(parser)
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="default: that of the weights")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
     parser.add_argument("--max-requests", type=positive, metavar="N", help="that run at once")
     parser.add_argument("--max-batch-tokens", type=positive, metavar="N", help="in one step")
     parser.add_argument("--memory", type=number(0, 1), metavar="SHARE", help="of the free memory, for keys and values")
@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
             tokenizer.get_response_parser(prefix="")
         except ValueError as error:
             sys.exit(f"transformers-async-cb serve: --response-template is none: {error}")
-    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    stored = options.dtype is None and options.model not in shapes.SHAPES
+    dtype = "auto" if stored else getattr(torch, dtype_for(options))
     with loading(options.model):
         model = shapes.load(options.model, options.device, dtype)
     try:
