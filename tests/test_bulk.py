@@ -213,6 +213,18 @@ def test_notes_of_a_run_that_cannot_be_read_are_told(rows, tmp_path, noted: str)
         run(rows, target)
 
 
+@pytest.mark.parametrize(
+    "line", ['{"index": 0}', '{"index": "x", "row": {}}', '{"index": -9, "row": {}}', '{"index": 0, "row": 5}']
+)
+def test_an_output_with_a_line_of_something_else_is_told(rows, tmp_path, line: str) -> None:
+    target = tmp_path / "out.jsonl"
+    run(rows, target)
+    with open(target, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(SystemExit, match=r"out.jsonl, line 6, is not an answer of a run"):
+        run(rows, target)
+
+
 def test_an_input_without_rows_and_an_output_that_is_a_folder_are_told(rows, tmp_path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n\n")

@@ -147,7 +147,7 @@ class Answers:
         for number, answer in enumerate(self._lines.read(), 1):
             try:
                 self._note(answer["index"], answer["row"], "error" in answer)
-            except (TypeError, LookupError):
+            except (AttributeError, LookupError, TypeError):
                 raise ValueError(f"{self._path}, line {number}, is not an answer of a run") from None
 
     def __contains__(self, index: int) -> bool:
