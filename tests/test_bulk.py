@@ -164,6 +164,13 @@ def test_a_setting_that_transformers_does_not_have_is_refused(rows, tmp_path, ca
     assert "'temprature=1' is not NAME=VALUE with a name of GenerationConfig" in capsys.readouterr().err
 
 
+def test_models_of_a_shape_have_each_a_config_of_their_own() -> None:
+    one, other = (shapes.load("tiny", "cpu", torch.float32) for _ in range(2))
+    one.config._attn_implementation = "eager"
+    assert other.config._attn_implementation == shapes.load("tiny", "cpu", torch.float32).config._attn_implementation
+    assert other.config._attn_implementation != "eager"
+
+
 def test_the_tokenizer_of_a_shape_takes_any_text_and_knows_each_token() -> None:
     tokenizer = shapes.load_tokenizer("tiny")
     text = "Zürich, 東京 🙂\n"
