@@ -27,6 +27,7 @@ class TestDemo:
     def test_compares_every_request_with_generate(self, capsys) -> None:
         cli.main(["demo", "--requests", "5", "--new-tokens", "6", "--device", "cpu"])
         lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("tiny in float32"), "no bar, nor room for one, where there is no terminal"
         for name in ("overlap on", "overlap off"):
             (row,) = [line for line in lines if name in line]
             assert "5 of 5" in row
@@ -158,3 +159,73 @@ def test_python_m_is_the_command_too(monkeypatch, capsys) -> None:
         runpy.run_module("transformers_async_cb", run_name="__main__")
     assert end.value.code == 0
     assert capsys.readouterr().out.strip()
+
+
+class TestWrongArguments:
+    """End in a sentence, before anything is computed."""
+
+    @pytest.fixture(autouse=True)
+    def no_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shapes.AutoModelForCausalLM, "from_config", None)
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            (["demo", "--device", "nope"], "'nope' is no device here"),
+            (["doctor", "--device", "meta"], "'meta' is no device here"),
+            (["bench", "--dtype", "foo"], "'foo' .choose from 'float32'"),
+            (["demo", "--dtype", "load"], "'load' .choose from 'float32'"),
+            (["demo", "--new-tokens", "0"], "'0' is not a number of 1 or more"),
+            (["bench", "--repeats", "-1"], "'-1' is not a number of 0 or more"),
+            (
+                ["bench", "--json", "nowhere/x.json"],
+                "cannot be written: there is no folder 'nowhere'",
+            ),
+            (["models", "--json", "."], "'.' cannot be written"),
+            (["timeline", "nowhere/x.json"], "'nowhere/x.json' cannot be written"),
+            (["run", "in", "out", "--temperature", "-1"], "'-1' is not a number of 0 or more"),
+            (["run", "in", "out", "--set", "num_return_sequences=2"], "a row gets one answer"),
+            (["serve", "x", "--port", "99999"], "'99999' is not a number from 0 to 65535"),
+            (["serve", "x", "--memory", "5"], "'5' is not a number from 0 to 1"),
+            (["serve", "x", "--grace", "nan"], "'nan' is not a number of 0 or more"),
+        ],
+    )
+    def test_are_told_by_name(self, monkeypatch, tmp_path, capsys, arguments: list[str], reason: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            cli.main(arguments)
+        assert end.value.code == 2
+        assert re.search(reason, capsys.readouterr().err)
+
+    @pytest.mark.parametrize("command", ["demo", "bench", "doctor", "timeline", "run", "serve"])
+    def test_a_model_that_is_none_is_told_in_a_line(self, tmp_path, monkeypatch, command: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+        (tmp_path / "model").mkdir()
+        given = {"run": ["in.jsonl", "out.jsonl", "--model", "model"], "serve": ["model"]}
+        with pytest.raises(SystemExit, match=r"\A'model' cannot be loaded: .*") as end:
+            cli.main([command, *given.get(command, ["--model", "model"]), "--device", "cpu"])
+        assert "\n" not in end.value.code
+
+
+def test_a_server_of_a_model_without_room_says_so_and_ends(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("uvicorn")
+    new_model("llama").save_pretrained(tmp_path)
+    shapes.load_tokenizer("tiny").save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="no memory for the cache"):
+        cli.main(["serve", str(tmp_path), "--device", "cpu", "--memory", "0"])
+
+
+def test_the_doctor_measures_no_longer_requests_than_there_is_room_for() -> None:
+    with pytest.raises(SystemExit, match="--length 1000000000000: the cache has room for"):
+        cli.main(["doctor", "--device", "cpu", "--length", "1000000000000"])
+
+
+def test_an_interrupted_command_ends_with_a_word(monkeypatch, capsys) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shapes, "load", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main(["demo", "--device", "cpu"])
+    assert capsys.readouterr().err.endswith("interrupted\n")

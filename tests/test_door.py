@@ -312,6 +312,7 @@ class TestSettingsThatAreNotSupported:
         ({"do_sample": True, "top_h": 1.5}, "top_h"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"do_sample": True, "temperature": float("inf")}, "temperature"),
     ], ids=str)  # fmt: skip
     def test_include_values_out_of_range(self, model, engines, settings: dict[str, Any], reason: str) -> None:
         with pytest.raises(ValueError, match=reason):

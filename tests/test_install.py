@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,3 +230,7 @@ class TestVersions:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("AsyncBatchingConfig(")
+
+
+def test_type_checkers_read_the_package() -> None:
+    assert (Path(transformers_async_cb.__file__).parent / "py.typed").is_file()

@@ -122,7 +122,7 @@ class TestAnotherRun:
         ("change", "message"),
         [
             ({"prompts": [[1], *PROMPTS[1:]]}, "other prompts:"),
-            ({"prompts": PROMPTS[1:]}, "request ids, prompts"),
+            ({"prompts": PROMPTS[1:]}, "other prompts, or another number of them: give"),
             ({"config": greedy(13)}, "other max_new_tokens:"),
             ({"config": greedy(12, eos_token_id=[5])}, "other eos_ids:"),
             ({"config": GenerationConfig(do_sample=True, max_new_tokens=12)}, "other sampling:"),
@@ -154,11 +154,26 @@ class TestAnotherRun:
             run(new_model("llama"), tmp_path)
         results.close()
 
-    @pytest.mark.parametrize("content", ["something\nelse\n", '{"a": 1}\n', "[]\n{}\n"])
+    @pytest.mark.parametrize("content", ["something\nelse\n", '{"a": 1}\n', "[]\n{}\n", '{"run": 1, "seed": 2}\n'])
     def test_that_is_none_is_refused(self, llama, tmp_path, content: str) -> None:
         (tmp_path / "results.jsonl").write_text(content)
         with pytest.raises(ValueError, match=r"results\.jsonl"):
             run(llama, tmp_path)
+
+    @pytest.mark.parametrize("line", ["[1]", '{"a": 1}', '{"request_id": "x"}', '{"request_id": "req_0", "a": 1}'])
+    def test_that_has_a_line_of_something_else_is_refused(self, llama, tmp_path, line: str) -> None:
+        run(llama, tmp_path)
+        with open(tmp_path / "results.jsonl", "a") as file:
+            file.write(line + "\n")
+        with pytest.raises(ValueError, match=r"results\.jsonl, line \d+, is not a result of this run"):
+            run(llama, tmp_path)
+
+    @pytest.mark.parametrize("folder", ["", 5, True])
+    def test_in_what_is_no_folder_is_refused(self, llama, tmp_path, monkeypatch, folder: object) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=rf"resume={folder!r} must be the path of a folder"):
+            run(llama, folder)
+        assert not any(tmp_path.iterdir())
 
 
 def test_every_field_of_a_request_is_either_of_the_run_or_not() -> None:

@@ -344,6 +344,18 @@ class TestAClientThatGoesAway:
         server.wait_until_nothing_is_held()
 
 
+def test_null_is_a_field_that_is_not_given(server: Running) -> None:
+    nulls = dict.fromkeys(("n", "stream", "stop", "logit_bias", "max_tokens", "temperature", "tools", "functions"))
+    asked = {"model": "tiny", "messages": CHAT, "max_completion_tokens": 4}
+    answers = [server.post("chat/completions", asked | fields) for fields in ({}, nulls)]
+    assert [status for status, _ in answers] == [200, 200]
+    assert answers[0][1]["choices"] == answers[1][1]["choices"]
+    usage = {"include_usage": None}
+    assert (
+        server.post("completions", {"model": "tiny", "prompt": "a", "echo": None, "stream_options": usage})[0] == 200
+    )
+
+
 class TestABadRequest:
     @pytest.mark.parametrize(
         "route, content, status, param, said",
@@ -383,6 +395,25 @@ class TestABadRequest:
                 {"model": "tiny", "messages": CHAT, "chat_template_kwargs": {"tokenizer": 1, "conversation": 2}},
                 400, None, "does not take this prompt",
             ),
+            (
+                "chat/completions",
+                {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+                400, "messages.0.user.content.list[TextPart].0.type", "Input should be 'text', got image_url",
+            ),
+            ("completions", {"model": "tiny", "prompt": ["a", [1]]}, 400, "prompt.list[str].1", "got [1]"),
+            ("completions", {"model": "tiny", "prompt": None}, 400, "prompt", "Field required"),
+            (
+                "chat/completions",
+                {
+                    "model": "tiny",
+                    "messages": CHAT,
+                    "response_format": {
+                        "type": "json_schema",
+                        "json_schema": {"name": "a", "schema": {"properties": {"b": {"$ref": "http://c"}}}},
+                    },
+                },
+                400, None, "'http://c' is not within the schema",
+            ),
             ("nothing", {}, 404, None, "Not Found"),
         ],
     )  # fmt: skip
@@ -396,6 +427,14 @@ class TestABadRequest:
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
         assert server.post("completions", {"model": "tiny", "prompt": "a", "max_tokens": 1})[0] == 200
+
+    def test_without_the_content_type_of_json_is_told_so(self, server: Running) -> None:
+        body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+        request = urllib.request.Request(f"{server.url}/v1/completions", body, {"content-type": "text/plain"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=PATIENCE)
+        assert refused.value.code == 400
+        assert "content-type" in json.load(refused.value)["error"]["message"]
 
     @pytest.mark.parametrize("length, limit", [(CONTEXT + 1, None), (CONTEXT - 3, 4)])
     def test_is_a_prompt_that_is_too_long(self, server: Running, length: int, limit: int | None) -> None:
@@ -473,9 +512,16 @@ class TestAServer:
         with by_command(folder) as (process, url):
             _, answer = ask(f"{url}/v1/completions", {"model": "tiny", "prompt": "a"})
             process.send_signal(signal.SIGINT)
-            process.stderr.read()
+            said = process.stderr.read()
         assert answer["usage"]["completion_tokens"] == 16
-        assert process.returncode in (0, -signal.SIGINT)
+        assert process.returncode == 0
+        assert "Traceback" not in said
+
+    def test_of_a_shape_needs_no_folder(self) -> None:
+        with by_command(Path("tiny")) as (process, url):
+            status, answer = ask(f"{url}/v1/completions", {"model": "tiny", "prompt": "a"})
+            process.send_signal(signal.SIGINT)
+        assert (status, answer["usage"]["completion_tokens"]) == (200, 16)
 
     def test_that_is_terminated_finishes_what_it_can_and_fails_the_rest(self, folder: Path) -> None:
         with by_command(folder, "--grace", "0.5", "--max-requests", "2") as (process, url):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -63,7 +65,7 @@ class Source:
             for index, line in enumerate(line for line in file if line.strip()):
                 try:
                     values = json.loads(line)
-                except ValueError as error:
+                except (RecursionError, ValueError) as error:
                     yield Row(index, {}, f"this line is not JSON: {error}")
                     continue
                 if isinstance(values, dict):
@@ -73,7 +75,9 @@ class Source:
 
     def column(self) -> str:
         """The first of `COLUMNS` that the first row has. Raises `ValueError` if it has none."""
-        names = next((list(row.values) for row in self if row.error is None), [])
+        names = next((list(row.values) for row in self if row.error is None), None)
+        if names is None:
+            raise ValueError(f"{self._path} has no row: one is a line that holds a JSON object")
         for name in COLUMNS:
             if name in names:
                 return name
@@ -104,7 +108,7 @@ class Answers:
 
     Args:
         path (`str`): the file.
-        settings (`dict`): what the answers depend on, as JSON.
+        settings (`dict`): what the answers depend on, as JSON; `column` is that of the prompts.
 
     Raises:
         ValueError: the file was made with other settings, or by something else.
@@ -113,7 +117,8 @@ class Answers:
 
     def __init__(self, path: str, settings: dict[str, Any]) -> None:
         self._path = Path(path)
-        self._done = bytearray()  # [rows]
+        self._column = settings["column"]
+        self._done = array("q")  # [rows]: a digest of the prompt, -1 for a row that is not done
         self.count = self.failed = 0
         self._lines = JsonLines(self._path, Path(f"{path}.lock"))
         with ExitStack() as undo:
@@ -130,7 +135,10 @@ class Answers:
             return
         if not beside.exists():
             raise ValueError(f"{self._path} is there already, and nothing says how it was made: choose another name")
-        before = json.loads(beside.read_text())
+        try:
+            before = dict(json.loads(beside.read_text()))
+        except (TypeError, ValueError):
+            raise ValueError(f"{beside} does not say how {self._path} was made: choose another name") from None
         if different := sorted(name for name in settings.keys() | before if settings.get(name) != before.get(name)):
             changes = ", ".join(f"{name} ({before.get(name)!r}, now {settings.get(name)!r})" for name in different)
             raise ValueError(f"{self._path} was begun with other settings, {changes}: choose another name")
@@ -138,23 +146,34 @@ class Answers:
     def _read(self) -> None:
         for number, answer in enumerate(self._lines.read(), 1):
             try:
-                self._note(answer["index"], "error" in answer)
-            except (TypeError, KeyError):
+                self._note(answer["index"], answer["row"], "error" in answer)
+            except (AttributeError, LookupError, TypeError):
                 raise ValueError(f"{self._path}, line {number}, is not an answer of a run") from None
 
     def __contains__(self, index: int) -> bool:
-        return index < len(self._done) and bool(self._done[index])
+        return index < len(self._done) and self._done[index] >= 0
 
-    def _note(self, index: int, failed: bool) -> None:
+    def check(self, rows: Iterable[Row]) -> None:
+        """Raises `ValueError` if a row that is done had another prompt then."""
+        for row in rows:
+            if row.index in self and self._done[row.index] != self._digest(row.values):
+                raise ValueError(
+                    f"row {row.index} of the input is not the one that {self._path} answers: choose another name"
+                )
+
+    def _digest(self, values: dict[str, Any]) -> int:
+        return zlib.crc32(json.dumps(values.get(self._column), default=str).encode())
+
+    def _note(self, index: int, values: dict[str, Any], failed: bool) -> None:
         if index >= len(self._done):
-            self._done.extend(bytes(index + 1 - len(self._done)))
-        self._done[index] = 1
+            self._done.extend([-1] * (index + 1 - len(self._done)))
+        self._done[index] = self._digest(values)
         self.count += 1
         self.failed += failed
 
     def write(self, row: Row, answer: dict[str, Any]) -> None:
         self._lines.write({"index": row.index, **answer, "row": row.values}, ensure_ascii=False, default=str)
-        self._note(row.index, "error" in answer)
+        self._note(row.index, row.values, "error" in answer)
 
     def close(self) -> None:
         self._lines.close()
@@ -206,7 +225,7 @@ def _add(manager: AsyncBatchingManager, row: Row, column: str) -> str:
         raise ValueError(row.error)
     if column not in row.values:
         raise ValueError(f"there is no column {column!r}, but {list(row.values)}")
-    return manager.add_request(row.values[column], request_id=f"row {row.index}")
+    return manager.add_request(row.values[column], request_id=f"row {row.index}", num_return_sequences=1)
 
 
 def _answer(output: GenerationOutput, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:

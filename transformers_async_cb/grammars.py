@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +62,8 @@ class Grammars:
         if structure != "json_schema" and not isinstance(source, str):
             raise ValueError(f"{structure} must be a string, got {source!r}")
         try:
+            if structure == "json_schema" and (elsewhere := _reference_elsewhere(source)) is not None:
+                raise ValueError(f"$ref {elsewhere!r} is not within the schema, which would let anything through")
             return compiling[structure](source)
         except (RuntimeError, TypeError, ValueError) as error:
             reason = re.sub(r"^\[[\d:]+\] \S+?:\d+: ", "", str(error).strip())  # a time and a line of its source
@@ -121,6 +125,23 @@ class MaskMaker:
         self._matcher.batch_fill_next_token_bitmask([constraint.matcher for constraint in constraints], masks)
         for constraint, mask in zip(constraints, masks, strict=True):
             np.bitwise_and(mask, constraint.ever, out=constraint.mask)
+
+
+def _reference_elsewhere(schema: Any) -> str | None:
+    """A reference that leads out of a JSON schema: xgrammar takes it for any value."""
+    left = []
+    with suppress(ValueError):  # of a text that is no JSON, which xgrammar says
+        left = [json.loads(schema) if isinstance(schema, str) else schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            reference = part.get("$ref")
+            if isinstance(reference, str) and not reference.startswith("#"):
+                return reference
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    return None
 
 
 def mask_words(vocabulary: int) -> int:

@@ -40,19 +40,21 @@ class Journal:
         folder (`str`): made if it is not there. One process at a time may have it.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the folder is no path, or the file holds something else.
         RuntimeError: another process has the folder.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise ValueError(f"resume={folder!r} must be the path of a folder")
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "results.jsonl"
+        self._path = path = self._folder / "results.jsonl"
         self._lines = JsonLines(path, self._folder / "lock")
         with ExitStack() as undo:
             undo.callback(self.close)
             header, *self._found = list(self._lines.read()) or [None]
-            if header is not None and not (isinstance(header, dict) and {"run", "seed"} <= header.keys()):
+            if header is not None and not _is_header(header):
                 raise ValueError(f"{path} is not the journal of a run: give a folder of its own")
             undo.pop_all()
         self._header: dict[str, Any] | None = header
@@ -83,14 +85,19 @@ class Journal:
             self._lines.write({"run": run, "seed": seed})
             self._lines.synchronise()
         elif different := [name for name in run if run[name] != self._header["run"].get(name)]:
+            if "request ids" in different:  # of which there are as many as digests are made of
+                different = ["prompts, or another number of them"]
             raise ValueError(
                 f"resume={str(self._folder)!r} has the results of another run, with other {', '.join(different)}: "
                 "give this run a folder of its own"
             )
         by_id = {request.id: request for request in requests}
-        for line in self._found:
-            request = by_id[line.pop("request_id")]
-            self.finished[request.id] = dataclasses.replace(request.output(), **_from_plain(line))
+        for number, line in enumerate(self._found, 2):
+            try:
+                request = by_id[line.pop("request_id")]
+                self.finished[request.id] = dataclasses.replace(request.output(), **_from_plain(line))
+            except (AttributeError, LookupError, TypeError, ValueError):
+                raise ValueError(f"{self._path}, line {number}, is not a result of this run") from None
         return [request for request in requests if request.id not in self.finished]
 
     def add(self, output: GenerationOutput) -> None:
@@ -103,6 +110,10 @@ class Journal:
 
     def close(self) -> None:
         self._lines.close()
+
+
+def _is_header(line: Any) -> bool:
+    return isinstance(line, dict) and isinstance(line.get("run"), dict) and isinstance(line.get("seed"), int)
 
 
 def _to_plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,9 @@ logger = logging.get_logger(f"transformers.{__name__}")
 THEIR_PAGE_SIZE = 256
 PAGE_SIZE = 16
 
+# The highest temperature: all tokens are as likely, long before float32 has no room for it times a draw.
+HOTTEST = 1e30
+
 # `GenerationConfig` fields this engine acts on, and fields that change nothing of what `generate_batch` returns.
 _HONOURED = {
     "max_new_tokens", "max_length", "eos_token_id", "stop_strings", "max_time", "do_sample", "temperature", "top_k",
@@ -168,6 +171,8 @@ def _sampling(config: GenerationConfig) -> Sampling:
         raise ValueError(
             f"temperature={sampling.temperature} must be above 0 to sample; for greedy decoding, do_sample=False"
         )
+    if sampling.temperature > HOTTEST:
+        raise ValueError(f"temperature={sampling.temperature} must be at most {HOTTEST:g}")
     if top_k < 0:
         raise ValueError(f"top_k={top_k} must be 0 (off) or more")
     for name in ("top_p", "typical_p"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -51,7 +53,7 @@ def load(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> PreTraine
         return AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[name]), dtype=dtype)
     model.generation_config.eos_token_id = None  # random weights have no reason to stop
     return model.eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from transformers.utils import logging
 
@@ -25,4 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.set_verbosity_error()  # of transformers, whose remarks are on what is as it should be here
     logging.get_logger(f"transformers.{__package__.partition('.')[0]}").setLevel(logging.WARNING)
-    options.run(options)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # as shells have it

@@ -15,7 +15,17 @@ from transformers import PreTrainedModel
 
 from .. import bench
 from ..bench import picture
-from .arguments import add_model, dtype_for, length_range, load, picture_file, positive
+from .arguments import (
+    add_dtype,
+    add_model,
+    dtype_for,
+    length_range,
+    load,
+    natural,
+    output_file,
+    picture_file,
+    positive,
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -40,12 +50,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="of generate: prompts at a time (default: 64)"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each (default: 3)")
+    parser.add_argument("--repeats", type=natural, default=3, help="measured runs of each (default: 3)")
     parser.add_argument(
         "--patience", type=float, default=60, metavar="S",
         help="an engine whose first run takes longer than so many seconds is not run again (default: 60)",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the results there as well")
     parser.add_argument(
         "--kernels", type=positive, default=0, metavar="N",
         help="profile one more run, and show the N kernels that take longest (CUDA only)",
@@ -54,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--plot", type=picture_file, metavar="FILE", help="and a picture of them there (png, svg, pdf)"
     )
     add_model(parser)
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on cuda, float32 elsewhere")
+    add_dtype(parser)
 
 
 def _engine(text: str) -> str:
@@ -194,12 +204,12 @@ def _run_host(options: argparse.Namespace, console: Console) -> None:
     host_ms, busy_ms = {}, {}
     for requests in bench.HOST_SIZES:
         with console.status(f"{requests} requests"):
-            name, repeats = str(requests), options.repeats
+            name, repeats = str(requests), max(1, options.repeats)
             host_ms[name] = bench.measure_host(requests, repeats=repeats)
             busy_ms[name] = bench.measure_host(requests, steps=50, repeats=repeats, busy=True)
         table.add_row(f"{requests:,}", f"{host_ms[name]:.3f}", f"{busy_ms[name]:.3f}")
     with console.status("admission"):
-        admission_ms = bench.measure_admission(repeats=options.repeats)
+        admission_ms = bench.measure_admission(repeats=max(1, options.repeats))
     where = bench.environment("cpu")
     table.caption = f"longest step while 1,024 requests join 32: {admission_ms:.1f} ms; {where}"
     console.print(table)

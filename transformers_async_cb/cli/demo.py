@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .. import AsyncBatchingConfig, bench, shapes
-from .arguments import add_model, load
+from .arguments import DTYPES, add_model, load, loading, positive
 
 
 _TEXTS = (
@@ -30,10 +30,10 @@ _TEXTS = (
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="generate for a few dozen prompts and compare with model.generate")
     parser.set_defaults(run=run)
-    parser.add_argument("--requests", type=int, default=40, help="how many prompts (default: 40)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="new tokens each, at most (default: 32)")
+    parser.add_argument("--requests", type=positive, default=40, help="how many prompts (default: 40)")
+    parser.add_argument("--new-tokens", type=positive, default=32, help="new tokens each, at most (default: 32)")
     add_model(parser)
-    parser.add_argument("--dtype", default="float32", help="float32 (exact, default), bfloat16 or float16")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32, which is exact")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     matches = dict.fromkeys(runs, 0)
     begin = time.perf_counter()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing with model.generate", total=len(prompts))
         for i, prompt in enumerate(prompts):
             ids = torch.tensor([prompt], device=model.device)
@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
 def _prompts(options: argparse.Namespace, model: PreTrainedModel) -> list[list[int]]:
     """Prompts of mixed lengths: text where there is a tokenizer, random ids for a shape with random weights."""
     if options.model not in shapes.SHAPES:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        with loading(options.model):
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
         return [tokenizer(_TEXTS[i % len(_TEXTS)]).input_ids for i in range(options.requests)]
     draw = random.Random(0)
     vocabulary = model.get_input_embeddings().num_embeddings

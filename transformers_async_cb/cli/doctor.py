@@ -12,7 +12,7 @@ from rich.console import Console
 
 from .. import doctor
 from ..doctor import Finding
-from .arguments import add_model, dtype_for, load, positive
+from .arguments import add_dtype, add_model, dtype_for, load, positive
 
 
 _INDENT = 22
@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--length", type=positive, default=256, metavar="N", help="tokens of each, prompt and answer (default: 256)"
     )
     add_model(parser)
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on cuda, float32 elsewhere")
+    add_dtype(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
         room = doctor.capacity(model, options.length)
     except ValueError as error:
         sys.exit(f"the engine does not run this model: {error}")
+    if options.length > room.tokens:
+        sys.exit(f"--length {options.length}: the cache has room for {room.tokens} tokens of this model, all together")
     holds = f"{room.tokens // options.length:,} requests of {options.length:,} tokens, {room.rows:,} at once"
     console.print("\n[bold]What the engine chooses for this model, and why[/bold]")
     _print(console, [Finding(name, f"{value} ({reason})") for name, value, reason in room.choices])

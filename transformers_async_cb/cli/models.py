@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..matrix import FAILING, MODES, TASKS, Verdict, judge_all, model_types
-from .arguments import positive
+from .arguments import output_file, positive
 
 
 # Verdicts in the order of the table, and their colours.
@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "alone, or for text from text",
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="NAME", help="model types, as in AutoModelForCausalLM")
-    parser.add_argument("--json", metavar="FILE", help="write the table there as well")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the table there as well")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         names = wanted
     verdicts = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("models", total=len(names))
         for verdict in judge_all(names, options.jobs):
             verdicts.append(verdict)

@@ -14,7 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from .. import AsyncBatchingConfig, shapes
 from ..bulk import COLUMNS, Answers, Source, answer_all
-from .arguments import add_model, dtype_for, load, positive, timeline_file
+from .arguments import add_dtype, add_model, dtype_for, load, loading, number, positive, timeline_file
 
 
 # Seconds from one look at the engine to the next.
@@ -38,11 +38,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--split", default="train", help="of a dataset that has several (default: train)")
     add_model(parser)
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on cuda, float32 elsewhere")
+    add_dtype(parser)
     sampling = parser.add_argument_group("generation, the model's own settings by default")
     sampling.add_argument("--max-new-tokens", type=positive, metavar="N")
     sampling.add_argument(
-        "--temperature", type=float, metavar="T", help="0 takes the most likely token, above 0 samples"
+        "--temperature", type=number(0), metavar="T", help="0 takes the most likely token, above 0 samples"
     )
     sampling.add_argument("--top-p", type=float, metavar="P")
     sampling.add_argument("--top-k", type=int, metavar="K")
@@ -67,14 +67,15 @@ def run(options: argparse.Namespace) -> None:
         source = Source(options.input, options.split)
         column = options.column or source.column()
         answers = Answers(options.output, _settings(options, column, generation))
-    except (RuntimeError, ValueError) as error:
+        total, before = len(source), answers.count
+        with closing(answers):
+            if before:
+                answers.check(source)
+                console.print(f"{before:,} of {total:,} rows are done already", highlight=False)
+            if before < total:
+                _generate(options, console, source, column, answers, total, generation)
+    except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f"transformers-async-cb run: {error}")
-    total, before = len(source), answers.count
-    if before:
-        console.print(f"{before:,} of {total:,} rows are done already", highlight=False)
-    with closing(answers):
-        if before < total:
-            _generate(options, console, source, column, answers, total, generation)
     console.print(f"{answers.count:,} rows are done, {answers.failed:,} of them failed", highlight=False)
     if answers.failed:
         sys.exit(1)
@@ -90,16 +91,14 @@ def _generate(
     generation: dict[str, Any],
 ) -> None:
     model = load(options, dtype_for(options), console)
-    tokenizer = shapes.load_tokenizer(options.model)
-    try:
-        manager = model.init_continuous_batching(
-            GenerationConfig(**generation),
-            ContinuousBatchingConfig(seed=options.seed),
-            tokenizer=tokenizer,
-            async_batching=AsyncBatchingConfig(timeline=options.timeline),
-        )
-    except ValueError as error:
-        sys.exit(f"transformers-async-cb run: {error}")
+    with loading(options.model):
+        tokenizer = shapes.load_tokenizer(options.model)
+    manager = model.init_continuous_batching(
+        GenerationConfig(**generation),
+        ContinuousBatchingConfig(seed=options.seed),
+        tokenizer=tokenizer,
+        async_batching=AsyncBatchingConfig(timeline=options.timeline),
+    )
     columns = (
         BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
         TextColumn("{task.description}"),
@@ -119,16 +118,17 @@ def _generate(
         manager.stop()
     except KeyboardInterrupt:
         sys.exit(f"interrupted: {answers.count:,} of {total:,} rows are done, the same command goes on")
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"transformers-async-cb run: {error}")
     finally:
         manager.stop(hard_stop=True)
 
 
 def _generation(options: argparse.Namespace) -> dict[str, Any]:
-    """What was said of `GenerationConfig`."""
+    """What was said of `GenerationConfig`; who says how to sample does sample."""
     settings = {name: getattr(options, name) for name in ("max_new_tokens", "top_p", "top_k")}
-    settings["do_sample"] = None if options.temperature is None else options.temperature > 0
+    if options.temperature is not None:
+        settings["do_sample"] = options.temperature > 0
+    elif options.top_p is not None or options.top_k is not None:
+        settings["do_sample"] = True
     settings["temperature"] = options.temperature or None
     settings |= dict(options.set)
     return {name: value for name, value in settings.items() if value is not None}
@@ -146,6 +146,8 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or name not in vars(GenerationConfig()):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of GenerationConfig")
+    if name == "num_return_sequences":
+        raise argparse.ArgumentTypeError("num_return_sequences: a row gets one answer; for more, repeat the row")
     try:
         return name, json.loads(value)
     except ValueError:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import bench
 from ..timeline import Summary, Timeline, write
-from .arguments import add_model, dtype_for, length_range, load, positive, timeline_file
+from .arguments import add_dtype, add_model, dtype_for, length_range, load, positive, timeline_file
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             option, type=length_range, default=default, metavar="A[-B]", help=f"lengths (default: {default[0]})"
         )
     add_model(parser)
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on cuda, float32 elsewhere")
+    add_dtype(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -303,7 +303,7 @@ def create_app(server: Server) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(400, *_what_is_wrong(error.errors()[0]))
+        return error_response(400, *_what_is_wrong(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -316,11 +316,17 @@ def create_app(server: Server) -> FastAPI:
     return app
 
 
-def _what_is_wrong(error: dict[str, Any]) -> tuple[str, str | None]:
+def _what_is_wrong(errors: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
     """A message, and the field it is about."""
+    field = errors[0]["loc"][:2]
+    # Where a field may be one of several types, each complains: the one that fits furthest is what was meant.
+    error = max((one for one in errors if one["loc"][:2] == field), key=lambda one: len(one["loc"]))
+    if isinstance(error.get("input"), bytes):
+        return "The body is read as JSON, which its content-type must say: application/json.", None
     if error["type"] == "json_invalid":
         return f"The body is not valid JSON: {error['ctx']['error']}.", None
     param = ".".join(str(part) for part in error["loc"][1:]) or None
     if error["type"] == "extra_forbidden":
         return f"{param} is not known to this server, or not supported.", param
-    return f"{param or 'The body'}: {error['msg']}, got {str(error.get('input'))[:100]}.", param
+    reason = error["msg"].removeprefix("Value error, ")
+    return f"{param or 'The body'}: {reason}, got {str(error.get('input'))[:100]}.", param

@@ -17,6 +17,14 @@ from .tools import arguments_schema, calls_schema
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, fields: Any) -> Any:
+        """Clients send `null` for what nobody has set."""
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
 
 class StreamOptions(_Body):
     include_usage: bool = False
