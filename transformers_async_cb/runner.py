@@ -89,6 +89,14 @@ class Runner:
         self.words_in = words + min(rows.count, MOST_FRESH) * self.fork_words
         self.parts_out = 2 if self.with_logprobs else 1  # ids, their log-probabilities
         self.words_out = rows.count * self.parts_out + largest.entries(every) * RANKED_WORDS
+
+        self._shapes = shapes
+        self._pages = settings.pages
+        self._debug = settings.debug
+        self._baked_in: list = []
+        self.layers: dict[Place, PagedLayer] = {}
+        self.storages: list[torch.Tensor] = []  # the pages of all layers: [pages, values]
+        self.take_pages()  # before anything else lies in what the allocator has cached
         on_device = {"dtype": torch.int32, "device": self.device}
         self.static_in = torch.zeros(words, **on_device)
         self.static_out = torch.zeros(self.words_out, **on_device)
@@ -98,14 +106,6 @@ class Runner:
         self.parameters = torch.zeros(rows.count + 1, PARAMETER_WORDS, **on_device)
         self.tables: Tables | None = None  # made when a request first shapes its logits
         self.counters = torch.zeros(rows.count * kv_heads, **on_device)
-
-        self._shapes = shapes
-        self._pages = settings.pages
-        self._debug = settings.debug
-        self.layers: dict[Place, PagedLayer] = {}
-        self.storages: list[torch.Tensor] = []  # the pages of all layers: [pages, values]
-        self.take_pages()
-        self._baked_in: list = []
 
     def take_pages(self) -> None:
         """Allocate the pages, if they are not there."""
