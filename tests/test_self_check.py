@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -167,3 +168,29 @@ def test_experts_that_rounding_chooses_are_no_reason_to_refuse(trials) -> None:
 
 def tensors_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def test_tokens_that_a_model_rules_out_are_compared_too() -> None:
+    model = new_model("llama")
+    bias = torch.zeros(model.config.vocab_size)
+    bias[::3] = float("-inf")
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    assert generated(model, STRICT) == [generate_alone(model, prompt, greedy(8)) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "found, expected, off",
+    [
+        ([3.0, 4.0], [3.0, 4.0], 0.0),
+        ([3.0, 4.5], [3.0, 4.0], 0.1),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([3.0, -math.inf, 4.5], [3.0, -math.inf, 4.0], 0.1),
+        ([math.nan, 1.0], [math.nan, 1.0], 0.0),
+        ([math.nan, 1.0], [1.0, 1.0], math.inf),
+        ([-math.inf, 1.0], [1.0, 1.0], math.inf),
+        ([1.0, 1.0], [-math.inf, 1.0], math.inf),
+        ([1.0, 0.0], [0.0, 0.0], math.inf),
+    ],
+)
+def test_how_far_logits_are_off(found: list[float], expected: list[float], off: float) -> None:
+    assert model_module.difference(torch.tensor(found), torch.tensor(expected)) == pytest.approx(off)

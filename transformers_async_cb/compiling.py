@@ -49,10 +49,10 @@ def get_ready() -> None:
 @functools.cache
 def _load() -> None:
     with suppress(Exception):  # then torch does it later, in its own way
-        importlib.import_module("torch._inductor.compile_fx")
         from torch._inductor.async_compile import AsyncCompile
 
         AsyncCompile.use_process_pool()
+        importlib.import_module("torch._inductor.compile_fx")
 
 
 class _Thread(threading.local):

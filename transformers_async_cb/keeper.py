@@ -145,9 +145,9 @@ class EngineKeeper:
 
     def _new_engine(self, workload: Workload) -> Engine:
         loan, configs = self.loan, (self._batching, self.own, workload)
-        found, settings = self._resolve(workload)
-        if settings.compiled and loan.device.type == "cuda":
+        if loan.device.type == "cuda" and self.mode is Mode.PAGES and self.own.compile_layers is not False:
             compiling.get_ready()
+        found, settings = self._resolve(workload)
         if self.mode is Mode.PAGES:
             self.choices = explain(settings, loan, *configs)
         elif self.mode is Mode.SEQUENCES:

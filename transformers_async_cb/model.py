@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
@@ -412,9 +413,12 @@ class ModelLoan:
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far logits are from others, as a share of their size."""
-    off, size = (found.float() - expected.float()).norm(), expected.float().norm()
-    return float(off / size) if off else 0.0
+    """How far logits are from others, as a share of their size; of what is not finite, whether it is the same."""
+    found, expected = found.float(), expected.float()
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    off = torch.where(same, 0, found - expected).norm()
+    share = float(off / torch.where(expected.isfinite(), expected, 0).norm()) if off else 0.0
+    return math.inf if math.isnan(share) else share
 
 
 def _alike_positions(config: PreTrainedConfig) -> int | None:
