@@ -333,7 +333,10 @@ _DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 
 # Attention that is more than causal or in windows: capped scores, sinks, chunks (and a temperature by positions that
 # the model counts itself), values of other dimensions than keys, modules that attend twice.
-_CAPPED = ("Gemma2ForCausalLM", _USUAL | {"head_dim": 16, "attn_logit_softcapping": 5.0, "sliding_window": 8})
+_CAPPED = (  # eager, because the SDPA attention of transformers 5.17 leaves scores uncapped
+    "Gemma2ForCausalLM",
+    _USUAL | {"head_dim": 16, "attn_logit_softcapping": 5.0, "sliding_window": 8, "attn_implementation": "eager"},
+)
 _SINKS = ("GptOssForCausalLM", _USUAL | {"head_dim": 16, "num_local_experts": 4, "sliding_window": 8})
 _CHUNKED = (
     "Llama4ForCausalLM",
