@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -83,8 +84,28 @@ def test_weights_offloaded_from_a_gpu_are_fetched_for_a_step() -> None:
     assert generated(model, sequential_fallback=False) == expected
 
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@TWO_GPUS
+@pytest.mark.parametrize("current", [0, 1])
+def test_models_on_each_of_two_gpus_run_at_the_same_time(current: int) -> None:
+    """Whichever of them is the current one of the threads that ask."""
+    models = [new_model("llama").to(f"cuda:{i}") for i in range(2)]
+    expected = answers(models[0])
+
+    def ask(model: PreTrainedModel) -> list[list[int]]:
+        torch.cuda.set_device(current)
+        return generated(model, sequential_fallback=False)
+
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(2):
+            assert list(threads.map(ask, models)) == [expected] * 2
+
+
+@pytest.mark.gpu
+@TWO_GPUS
 def test_a_model_on_two_gpus_runs_one_sequence_at_a_time(log) -> None:
     model = new_model("llama")
     expected = answers(model)
