@@ -6,11 +6,13 @@ import functools
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,22 @@ def run_in_interpreter(file: str) -> str:
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def in_child(work: Callable[[], bool], patience: float = 30) -> bool:
+    """Whether `work` gives `True` in a child of `os.fork`, within seconds."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(not work())
+        finally:  # it raised
+            os._exit(1)
+    end = time.monotonic() + patience
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return ended[1] == 0
 
 
 def engine_threads() -> list[str]:

@@ -22,6 +22,7 @@ from conftest import (
     engine_threads,
     generate_alone,
     greedy,
+    in_child,
     new_model,
     random_prompts,
     reference,
@@ -1406,3 +1407,23 @@ manager.get_result()
         assert process.returncode == 0
         assert "Traceback" not in process.stderr, process.stderr
         assert "async" not in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize("how", ["kept", "warmed up"])
+def test_a_child_of_fork_generates_with_a_manager_of_the_parent(llama, how: str) -> None:
+    manager = new_manager(llama)
+    if how == "kept":
+        manager.start()
+        manager.stop(keep_for_next_session=True)
+    else:
+        manager.warmup()
+
+    def work() -> bool:
+        manager.start()
+        return manager.get_result(manager.add_request(PROMPT), PATIENCE).generated_tokens == generates(
+            PROMPT, greedy(8)
+        )
+
+    assert in_child(work)
+    assert work()
+    manager.destroy()

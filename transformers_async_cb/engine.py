@@ -91,8 +91,8 @@ class Engine:
         self.recorder: Recorder | None = None  # set while the loop stands still, by whoever wants to know more
 
     def fits(self, workload: Workload) -> bool:
-        """Whether this engine still fits its model, and serves `workload` as well as a new one would."""
-        return self._loan.form() == self._form and self.settings.fit(workload)
+        """Whether this engine still runs and fits its model, and serves `workload` as well as a new one would."""
+        return self.lanes.alive and self._loan.form() == self._form and self.settings.fit(workload)
 
     def attach(self) -> None:
         """Take up the model, which may not be what it was: then what pages hold is not what it would compute."""

@@ -63,7 +63,8 @@ class EngineKeeper:
         self.loan.note_autocast()
         alone = self._alone(given)
         if self.loan.out:
-            if self.loan.autocast == autocast and not (alone and self.loan.batched):
+            fits = self.loan.autocast == autocast and not (alone and self.loan.batched)
+            if fits and self.engine.lanes.alive:
                 return
             self.loan.give_back()
         if not alone:

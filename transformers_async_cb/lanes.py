@@ -31,6 +31,7 @@ class Lane(Protocol):
     """Work done one piece after another, in the order given, beside the calling thread."""
 
     here: bool  # the calling thread does the work of this lane
+    alive: bool  # somebody does
 
     def run(self, work: Callable[[], None]) -> None: ...
 
@@ -54,7 +55,7 @@ class CudaLane:
     long as the process lives.
     """
 
-    here = False  # the device does it
+    here, alive = False, True  # the device does it
 
     _spare: ClassVar[defaultdict[torch.device, list[torch.cuda.Stream]]] = defaultdict(list)
 
@@ -113,6 +114,10 @@ class HostLane:
     @property
     def here(self) -> bool:
         return threading.current_thread() is self._thread
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def run(self, work: Callable[[], None]) -> None:
         self._queue.put(lambda: self._do(work))
@@ -238,6 +243,11 @@ class Lanes:
     def here(self) -> bool:
         """Whether the calling thread is one of the lanes'."""
         return any(lane.here for lane in self._all)
+
+    @property
+    def alive(self) -> bool:
+        """Whether their work is done: in a child of `os.fork` there are no threads of the parent's."""
+        return all(lane.alive for lane in self._all)
 
     def enter(self) -> None:
         """Order all later work of the lanes after what the calling thread has enqueued on its current stream."""

@@ -31,7 +31,7 @@ class NullLanes:
         wait (`bool`): let go of the interpreter's lock where a device would be waited for.
     """
 
-    here = False
+    here, alive = False, True
 
     def __init__(self, words_in: int, words_out: int, wait: bool = False) -> None:
         self._slots = [Slot(words_in, words_out, torch.device("cpu")) for _ in range(Lanes.DEPTH)]
