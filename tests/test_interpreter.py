@@ -2,11 +2,12 @@
 
 import gc
 import sys
+import weakref
 
 import pytest
 from conftest import greedy, shared_model
 
-from transformers_async_cb.interpreter import INTERVAL, undisturbed
+from transformers_async_cb.interpreter import INTERVAL, collect, undisturbed
 
 
 @pytest.fixture
@@ -68,3 +69,18 @@ def test_what_the_user_has_frozen_stays_frozen():
         assert gc.get_freeze_count() > 100_000
     finally:
         gc.unfreeze()
+
+
+def test_what_is_left_alone_can_be_collected_all_the_same():
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+    gone = weakref.ref(Cycle())
+    with undisturbed():
+        gc.collect()
+        assert gone() is not None
+        collect()
+        assert gone() is None
+        assert gc.get_freeze_count() > 100_000
+    assert gc.get_freeze_count() == 0

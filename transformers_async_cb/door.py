@@ -65,8 +65,8 @@ def sequence_seed(seed: int, number: int) -> int:
 class Door:
     """Turns what users give into requests, or says what is wrong with it.
 
-    Called with the manager's lock held, but for `compile`, which may take long, and `let_out`: that is the loop's, and
-    must not wait for a long check.
+    Called with the manager's lock held, but for `compile`, which may take long. The loop takes what has ended out of
+    `live`, and must not wait for a long check.
 
     Args:
         loan (`ModelLoan`): the model.

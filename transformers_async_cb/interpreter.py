@@ -47,3 +47,14 @@ def undisturbed() -> Generator[None]:
                 sys.setswitchinterval(_before)
                 if _frozen:
                     gc.unfreeze()
+
+
+def collect() -> None:
+    """Collect garbage, also of what the collector was kept from. Not with the lock held: what is collected may wait
+    for a loop that leaves."""
+    if _inside and _frozen:
+        gc.unfreeze()
+    gc.collect()
+    with _lock:
+        if _inside and _frozen:
+            gc.freeze()

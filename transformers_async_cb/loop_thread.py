@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.utils import logging
 
-from .door import Door
 from .holds import Holds
 from .keeper import EngineKeeper
 from .mailbox import Mailbox, Outbox
 from .recorder import Recorder
+from .request import Request
 from .settings import Workload
-from .submission import Submission
 from .timeline import Timeline, write
 
 
 logger = logging.get_logger(f"transformers.{__name__}")
+
+# Seconds for what takes none, unless the thread that waits has a lock that it takes.
+_AT_ONCE = 5
 
 _started: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 
@@ -37,10 +41,14 @@ def _stop_all() -> None:
 class LoopThread:
     """Starts and stops the loop, and hands its results out. Whatever happens to it, every request gets one.
 
+    The thread holds this, and must not hold the manager: it could not be dropped. So nothing here knows the settings
+    of requests to come, of which a criterion may.
+
     Args:
         keeper (`EngineKeeper`): has the engine.
         holds (`Holds`): a sleep ends when a stop is asked for.
-        door (`Door`), submission (`Submission`), mailbox (`Mailbox`): where requests come from.
+        live (`dict`): requests that have no final result yet, by id.
+        mailbox (`Mailbox`): where requests come from; they are let in with its lock held.
         outbox (`Outbox`): where results go.
     """
 
@@ -48,8 +56,7 @@ class LoopThread:
         self,
         keeper: EngineKeeper,
         holds: Holds,
-        door: Door,
-        submission: Submission,
+        live: dict[str, Request],
         mailbox: Mailbox,
         outbox: Outbox,
     ) -> None:
@@ -57,13 +64,13 @@ class LoopThread:
         self.fatal_error: BaseException | None = None
         self.recorder: Recorder | None = None
         self._holds = holds
-        self._door = door
-        self._submission = submission
+        self._live = live
         self._mailbox = mailbox
         self._outbox = outbox
         self._thread: threading.Thread | None = None
         self._ended = True  # the loop has, and settled what it was asked to; guarded by the keeper's lock
         self._settle: Callable[[], None] | None = None  # when it has ended, since nobody waits for that
+        self._process = os.getpid()
 
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -75,12 +82,13 @@ class LoopThread:
         engine = self.keeper.engine
         return threading.current_thread() is self._thread or (engine is not None and engine.lanes.here)
 
-    def start(self, workload: Workload) -> None:
-        """Begin the loop, on an engine that fits the model and the workload. Called with the keeper's lock held."""
+    def start(self, workload: Workload, given: Collection[str]) -> None:
+        """Begin the loop, on an engine that fits the model, the workload and what requests give the model. Called with
+        the keeper's lock held."""
         if self.fatal_error is not None:
             self.keeper.drop()
             self.fatal_error = None
-        self.keeper.prepare(workload, self._door.given)
+        self.keeper.prepare(workload, given)
         if self.keeper.own.timeline is not None:
             self.recorder = Recorder()
         if self.recorder is not None:
@@ -99,8 +107,8 @@ class LoopThread:
         """Have the loop finish the requests that are there, or end them with an error if `hard`, and take no more.
 
         Args:
-            settle (`Callable`): called with the keeper's lock held, when the loop has ended and the model is given
-                back: on this thread, or on the loop's if nobody waits for that.
+            settle (`Callable`): called with the keeper's lock held, when the loop has ended: on this thread, or on the
+                loop's if nobody waits for that.
             block (`bool`), timeout (`float`, *optional*): whether to wait, and how many seconds at most. A loop that
                 has not ended by then does so later, and settles then.
         """
@@ -108,11 +116,10 @@ class LoopThread:
             thread = self._thread
             if thread is None:
                 self._close("the manager was stopped before it was started")
-                self.keeper.loan.give_back()
-                settle()
+                self._settle_and_give_back(settle)
                 return
             self._mailbox.ask_to_stop(hard)
-        self._holds.wake(cache=not hard and bool(self._door.live))
+        self._holds.wake(cache=not hard and bool(self._live))
         waits = block and not self.here
         if not (waits and self._wait_for(thread, timeout)) and self._settle_later(thread, settle):
             return
@@ -120,8 +127,37 @@ class LoopThread:
             if self._thread not in (thread, None):  # somebody has started it again
                 return
             self._thread = None
-            self.keeper.loan.give_back()
+            self._settle_and_give_back(settle)
+
+    def _settle_and_give_back(self, settle: Callable[[], None]) -> None:
+        """In this order: whoever waits for the model finds memory and weights as they were."""
+        try:
             settle()
+        finally:
+            self.keeper.loan.give_back()
+
+    def abandon(self) -> None:
+        """Stop, since nobody holds the manager any more, and give the model back last of all. One that waits for
+        nothing has done so when this returns.
+
+        The collector calls this on any thread, with whatever locks and modes of torch that has: another does the work.
+        In a child of `os.fork` there is nobody to let go of locks that were held, and nothing is done.
+        """
+        nothing_left = self._ended and not (self.keeper.loan.out or self.keeper.engine or self._live)
+        if nothing_left or sys.is_finalizing() or os.getpid() != self._process:
+            return
+        self.keeper.loan.dropped = True
+        thread = threading.Thread(target=self._stop_abandoned, name="async-batching-end", daemon=True)
+        thread.start()
+        if not (self.is_running() or self.here):
+            thread.join(_AT_ONCE)
+
+    def _stop_abandoned(self) -> None:
+        try:
+            self.stop(self.keeper.drop)
+        except Exception as error:  # it slept, and its memory or its model is somebody else's now
+            logger.error(f"a manager that was dropped could not finish its requests: {error}")
+            self.stop(self.keeper.drop, hard=True)
 
     def _settle_later(self, thread: threading.Thread, settle: Callable[[], None]) -> bool:
         """Leave that to the loop's `thread`, unless that has ended."""
@@ -173,7 +209,8 @@ class LoopThread:
         finally:
             try:
                 with self.keeper.lock:  # all steps have retired: the device is not behind what the host has seen
-                    self.keeper.loan.give_back()
+                    if not self.keeper.loan.dropped:  # or `abandon` does, when the engine is gone too
+                        self.keeper.loan.give_back()
             finally:
                 self._close(reason)
             self._outbox.set_open(False)
@@ -186,13 +223,20 @@ class LoopThread:
 
     def _close(self, reason: str) -> None:
         """Take no more requests, and end those that are left."""
-        self._deliver([request.output() for request in self._submission.close(reason)])
+        with self._mailbox.lock:
+            self._mailbox.close(reason)
+            left = list(self._live.values())
+            for request in left:
+                request.finish(reason)
+        self._deliver([request.output() for request in left])
 
     def _deliver(self, outputs: list[GenerationOutput]) -> None:
         if not outputs:
             return
         with self._outbox.lock:  # a request is live, or its result is there
-            self._door.let_out(output.request_id for output in outputs if output.is_finished())
+            for output in outputs:
+                if output.is_finished():
+                    self._live.pop(output.request_id, None)
             self._outbox.put(outputs)
 
     def _write_timeline(self) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import (
@@ -49,7 +50,7 @@ class AsyncBatchingManager:
     """Generates for many requests at once on a thread of its own.
 
     Made by `model.init_continuous_batching(async_batching=True)`; the methods are those of transformers'
-    `ContinuousBatchingManager`.
+    `ContinuousBatchingManager`. One that nobody holds any more ends as `stop(block=False)` has it end.
 
     Args:
         model (`PreTrainedModel`): borrowed from `start` to `stop`, and as it was before and after.
@@ -97,7 +98,7 @@ class AsyncBatchingManager:
         self._outbox = Outbox()
         self._submission = Submission(self._door, self._mailbox)
         self._holds = Holds(self._keeper, self._mailbox)
-        self._loop = LoopThread(self._keeper, self._holds, self._door, self._submission, self._mailbox, self._outbox)
+        self._loop = LoopThread(self._keeper, self._holds, self._door.live, self._mailbox, self._outbox)
 
     def configure(
         self,
@@ -139,6 +140,12 @@ class AsyncBatchingManager:
         (which are not there for some kinds of quantised ones)."""
         sums = self._keeper.loan.weights()[0]
         return type(self.model).__name__, sums if isinstance(sums, list) else None
+
+    def __del__(self) -> None:
+        """Nobody can stop it any more. One that was kept goes with its model, which nobody needs back."""
+        loop = vars(self).get("_loop")  # there is none if a setting was not supported
+        if loop is not None and getattr(self.model, CACHED, None) is not self:
+            loop.abandon()
 
     def __reduce__(self) -> tuple:
         """A kept manager hangs on its model; a copy of the model has none."""
@@ -196,7 +203,7 @@ class AsyncBatchingManager:
             if self.is_running():
                 logger.warning("the manager is running already")
                 return
-            self._loop.start(self.workload)
+            self._loop.start(self.workload, self._door.given)
 
     def stop(
         self,
@@ -218,21 +225,24 @@ class AsyncBatchingManager:
         """
         if self._holds.here:
             raise RuntimeError("cannot stop the manager from inside a pause: leave the `pause` context first")
-        self._loop.stop(self._stay if keep_for_next_session else self._leave, block, timeout, hard_stop)
+        settle = self._stay if keep_for_next_session else partial(self._leave, self._keeper)
+        self._loop.stop(settle, block, timeout, hard_stop)
 
     def _stay(self) -> None:
         """Wait on the model for the next session, engine and all."""
         if self.fatal_error is not None:
-            self._leave()
+            self._leave(self._keeper)
             return
         setattr(self.model, CACHED, self)
         self._mailbox.reopen()
 
-    def _leave(self) -> None:
-        """Leave nothing behind on the model."""
-        self._keeper.drop()
-        if getattr(self.model, CACHED, None) is self:
-            delattr(self.model, CACHED)
+    @staticmethod
+    def _leave(keeper: EngineKeeper) -> None:
+        """Leave nothing behind on the model. Not a method: a loop that has yet to end would hold the manager."""
+        keeper.drop()
+        kept: AsyncBatchingManager | None = getattr(keeper.loan.model, CACHED, None)
+        if kept is not None and kept._keeper is keeper:
+            delattr(keeper.loan.model, CACHED)
 
     def join(self, stop_trigger_time: float, timeout: float | None = None) -> None:
         """Wait for a stop that was asked for, at most so many seconds.

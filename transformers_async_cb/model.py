@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import threading
 from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
@@ -17,6 +18,7 @@ from .attention import Attached, LayerShape, PagedLayer, Place
 from .attention.in_pages import TokensBefore
 from .attention.probe import NAME as PROBE
 from .attention.probe import Probe, probing
+from .interpreter import collect
 from .linear import Products, noting_inputs
 from .model_inputs import has_own_generate
 from .placement import Placement
@@ -31,6 +33,9 @@ _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "sc
 # Tokens of the trial run, and how far off what must be alike may be.
 _TRIAL_TOKENS = 40
 CLOSE, CLOSE_ROUNDED = 1e-4, 2e-2
+
+# Seconds to wait for a model that is out for a manager that was dropped, and which finishes its requests first.
+PATIENCE = 60
 
 
 class NotPaged(ValueError):
@@ -57,6 +62,27 @@ def trial(model: PreTrainedModel, what: str, refusal: type[ValueError] = NotPage
 class _OnLoan:
     """What marks a model that is out. A copy would have the mark, and pages of its own."""
 
+    def __init__(self, loan: ModelLoan) -> None:
+        self.loan = loan
+        self.over = threading.Event()
+
+    def wait(self) -> None:
+        """Wait for the model, if nobody holds the manager that has it.
+
+        Raises:
+            RuntimeError: somebody does, or it takes longer than `PATIENCE`.
+        """
+        if not self.loan.dropped:
+            collect()  # nobody may hold it but a cycle of references
+        if self.over.wait(PATIENCE if self.loan.dropped else 0):
+            return
+        if self.loan.dropped:
+            raise RuntimeError(
+                "this model is generating still, for a manager that was dropped and has not finished its requests "
+                f"within {PATIENCE} s: try again later"
+            )
+        raise RuntimeError("this model is generating already: stop the manager that has it first")
+
     def __reduce__(self) -> tuple:
         raise RuntimeError(
             "this model is generating with async_batching and cannot be copied or pickled meanwhile: stop the manager "
@@ -78,6 +104,7 @@ class ModelLoan:
         batched (`bool`): whether its sequences are computed together while it is out.
         placement (`Placement`): where the model computes.
         autocast (`torch.dtype`, *optional*): of the autocast under which the model computes; see `note_autocast`.
+        dropped (`bool`): nobody holds the manager that it is for, so it ends by itself.
 
     Raises:
         ValueError: the model cannot be run by this engine; the message says why.
@@ -98,7 +125,7 @@ class ModelLoan:
         self._compiled_calls: dict[nn.Module, object] = {}  # made once: it takes a while to make them
         self._products: Products | None = None
         self.autocast: torch.dtype | None = None
-        self.out = False
+        self.out = self.dropped = False
         self.paged = self.batched = True
         self._refuse_unfit()
         self.placement = Placement.of(model)
@@ -165,16 +192,17 @@ class ModelLoan:
         return None
 
     def borrow(self) -> None:
-        """Switch the model over. Undone by `give_back`, also when this raises.
+        """Switch the model over. Undone by `give_back`, also when this raises. A loan that ends by itself is waited
+        for.
 
         Raises:
             NotPaged: its attention cannot be replaced, or could not be told where tokens are.
             RuntimeError: the model is out on another loan.
         """
-        if getattr(self.model, self._MARK, False):
-            raise RuntimeError("this model is generating already: stop the manager that has it first")
         self.placement = Placement.of(self.model)  # which may have changed
-        setattr(self.model, self._MARK, _OnLoan())
+        mark = _OnLoan(self)
+        while (other := vars(self.model).setdefault(self._MARK, mark)) is not mark:  # of several, one has it
+            other.wait()
         self.out = True
         copies: dict = {}
         for module in self.model.modules():
@@ -208,7 +236,6 @@ class ModelLoan:
         if not self.out:
             return
         self.out = False
-        delattr(self.model, self._MARK)
         self.run_as_written()
         if self._products is not None:
             self._products.remove()
@@ -223,6 +250,7 @@ class ModelLoan:
         self._attend_again.clear()
         self._configs.clear()
         self._training.clear()
+        vars(self.model).pop(self._MARK).over.set()
 
     @torch.no_grad()
     def probe(self, packed: bool = True) -> dict[Place, LayerShape]:
@@ -302,8 +330,8 @@ class ModelLoan:
         self._products.install()
 
     def separate_products(self) -> None:
-        """Give weights that were joined storage of their own again."""
-        if self._products is not None:
+        """Give weights that were joined storage of their own again, but not those that another loan computes with."""
+        if self._products is not None and (self.out or self._MARK not in vars(self.model)):
             self._products.separate()
 
     def compile_layers(self) -> None:

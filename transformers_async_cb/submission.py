@@ -98,15 +98,6 @@ class Submission:
             if request is not None:
                 self._mailbox.cancel(request)
 
-    def close(self, reason: str) -> list[Request]:
-        """Take no more requests, and end those that are left, which nobody else will; returns them."""
-        with self._lock:
-            self._mailbox.close(reason)
-            left = list(self._door.live.values())
-            for request in left:
-                request.finish(reason)
-            return left
-
     def _compile(self, settings: dict[str, Any], request_settings: Sequence[Mapping[str, Any]] | None) -> None:
         """Compile what answers must be without holding the lock; `_check` says what is wrong with it."""
         self._door.compile(**{name: settings.get(name) for name in STRUCTURES})
@@ -123,7 +114,7 @@ class Submission:
                 self._mailbox.post_in_turn(request)
                 posted += 1
         except BaseException:
-            with self._lock:
+            with self._mailbox.lock:
                 late = [request for request in requests[posted:] if request.finished_time < 0]
                 self._door.let_out(request.id for request in late)
             if late:
