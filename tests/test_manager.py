@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 from transformers.generation.continuous_batching import RequestStatus
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from transformers_async_cb import AsyncBatchingConfig
+from transformers_async_cb import AsyncBatchingConfig, loop_thread
 from transformers_async_cb.endings import Endings
 from transformers_async_cb.engine import Engine
 from transformers_async_cb.entry_points import CACHED
@@ -75,8 +76,9 @@ def started(model: PreTrainedModel, config: GenerationConfig | None = None, **kw
     return model.continuous_batching_context_manager(config or greedy(8), **kwargs)
 
 
-def new_manager(model: PreTrainedModel, config: GenerationConfig | None = None) -> AsyncBatchingManager:
-    _managers.append(model.init_continuous_batching(config or greedy(8), async_batching=True))
+def new_manager(model: PreTrainedModel, config: GenerationConfig | None = None, **own: Any) -> AsyncBatchingManager:
+    flag = AsyncBatchingConfig(**own)
+    _managers.append(model.init_continuous_batching(config or greedy(8), async_batching=flag))
     return _managers[-1]
 
 
@@ -929,7 +931,7 @@ class TestFailures:
     def test_end_each_request_with_the_cause_and_the_next_call_works(
         self, llama, name: str, after: int, overlap: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        own, prompts = AsyncBatchingConfig(overlap=overlap), random_prompts(10, longest=20)
+        own, prompts = AsyncBatchingConfig(overlap=overlap, self_check=False), random_prompts(10, longest=20)
         self.fail_once(monkeypatch, Runner, name, after)
         outputs = llama.generate_batch(prompts, generation_config=greedy(30), async_batching=own)
         assert list(outputs) == [f"req_{i}" for i in range(10)]
@@ -939,6 +941,22 @@ class TestFailures:
         assert engine_threads() == []
         outputs = llama.generate_batch(prompts, generation_config=greedy(30), async_batching=own)
         assert [o.generated_tokens for o in outputs.values()] == [generates(p, greedy(30)) for p in prompts]
+
+    @pytest.mark.parametrize("name", ["stage", "step"])
+    def test_keep_nothing_of_the_engine_in_memory(self, llama, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_once(monkeypatch, Runner, name, 3)
+        monkeypatch.setattr(loop_thread.logger, "error", lambda *_, **__: None)  # pytest keeps what is logged
+        manager = new_manager(llama, greedy(20), self_check=False)
+        manager.add_requests(random_prompts(6, longest=20))
+        gc.disable()
+        try:
+            manager.start()
+            engine = weakref.ref(manager._engine)
+            manager.stop()
+            assert engine() is None
+        finally:
+            gc.enable()
+        assert "no room at the inn" in str(manager.fatal_error)
 
     @pytest.mark.parametrize(
         ("where", "name"),
@@ -951,7 +969,7 @@ class TestFailures:
         self, llama, where: type, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.fail_once(monkeypatch, where, name, 3)
-        manager = new_manager(llama, greedy(20))
+        manager = new_manager(llama, greedy(20), self_check=False)
         ids = manager.add_requests(random_prompts(6, longest=20))
         manager.start()
         manager.stop()

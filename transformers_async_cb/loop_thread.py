@@ -206,6 +206,7 @@ class LoopThread:
             reason = f"the engine failed with {type(error).__name__}: {error}"
             self._deliver(engine.scheduler.take_outputs())
             engine.scheduler.save_all()
+            _forget_frames(error)  # on which the engine and its memory hang; the log has shown them
         finally:
             try:
                 with self.keeper.lock:  # all steps have retired: the device is not behind what the host has seen
@@ -246,3 +247,9 @@ class LoopThread:
                 write(self.keeper.own.timeline, [self.timeline_of(recorder)])
         except (OSError, ValueError) as error:
             logger.error(f"the timeline could not be written to {self.keeper.own.timeline}: {error}")
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
