@@ -255,6 +255,7 @@ class Door:
                 family=family,
                 priority=check_priority(priority, name),
                 deadline=now + check_seconds(deadline, "deadline", name),
+                created_time=now,
                 arrival=self._arrivals + len(requests),
             )
             requests.append(request)
