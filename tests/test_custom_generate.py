@@ -115,6 +115,12 @@ class TestEqualsPlainGenerate:
         plain, ours = both(llama, **settings)
         assert torch.equal(plain, ours)
 
+    @pytest.mark.parametrize("prompts", [[[5], [1, 2, 3]], [[5], [6]]], ids=["padded", "of a token each"])
+    def test_with_a_forced_bos_and_prompts_of_one_token(self, llama, prompts: list[list[int]]) -> None:
+        settings = {"forced_bos_token_id": 7, "begin_suppress_tokens": list(range(0, 97, 2))}
+        plain, ours = both(llama, **padded(prompts), max_new_tokens=4, **settings)
+        assert torch.equal(plain, ours)
+
     def test_whatever_the_rows_that_run_at_once(self, llama) -> None:
         few = batching(max_requests_per_batch=2, max_batch_tokens=32)
         expected = both(llama, max_new_tokens=40, criterion=EachAlone, eos_token_id=EOS_IDS)[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import greedy, new_model, random_prompts
+from conftest import batching, greedy, new_model, random_prompts
 from transformers import GenerationConfig, PreTrainedModel
 
 from transformers_async_cb.journal import _NOT_THE_RUN
@@ -130,6 +130,7 @@ class TestAnotherRun:
             ({"stopping_criteria": [print]}, "other stopping_criteria:"),
             ({"logprobs": 2}, "other ranked:"),
             ({"prompt_logprobs": 2}, "other prompt_scores:"),
+            ({"continuous_batching_config": batching(return_logprobs=True)}, "other return_logprobs:"),
             ({"logits_processor": [lambda ids, scores: scores]}, "other shaping, processors:"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

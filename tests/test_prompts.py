@@ -70,8 +70,8 @@ class TestPaddedBatches:
         answered(llama, PROMPTS, BatchEncoding({"input_ids": ids, "attention_mask": mask}))
 
     @pytest.mark.parametrize("form", [
-        torch.Tensor.bool, torch.Tensor.float, torch.Tensor.numpy, torch.Tensor.tolist, list,
-    ], ids=["bool", "float", "array", "list", "list of tensors"])  # fmt: skip
+        torch.Tensor.bool, torch.Tensor.float, torch.Tensor.bfloat16, torch.Tensor.numpy, torch.Tensor.tolist, list,
+    ], ids=["bool", "float", "bfloat16", "array", "list", "list of tensors"])  # fmt: skip
     def test_take_masks_of_any_form(self, llama, form: Any) -> None:
         ids, mask = padded("left")
         answered(llama, PROMPTS, ids, attention_mask=form(mask))

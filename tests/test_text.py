@@ -51,6 +51,14 @@ def test_a_character_of_several_tokens_comes_whole_and_one_that_is_never_finishe
     assert all(piece in ("", "a", "b", *whole) for piece in out)
 
 
+@pytest.mark.parametrize("first", [["a"], []], ids=["within", "at the beginning"])
+def test_a_long_run_of_tokens_without_text_takes_no_space_with_it(first: list[str]) -> None:
+    tokenizer = word_piece(random.Random(0))
+    tokens = tokenizer.convert_tokens_to_ids([*first, *["[UNK]"] * 40, "b", "c"])
+    text = AnswerText(tokenizer)
+    assert "".join(text.add([token]) for token in tokens) == " ".join([*first, "b", "c"])
+
+
 def test_what_may_begin_a_stop_string_is_held_until_it_is_known_not_to() -> None:
     tokenizer = byte_level(random.Random(0))
     a, b, c, d = tokenizer.convert_tokens_to_ids(["a", "b", "c", "d"])

@@ -106,6 +106,8 @@ def generate(
     if generation_config.do_sample:  # the rows of a batch differ, and follow `torch.manual_seed`
         for row, seed in zip(own, torch.randint(2**62, (len(prompts),), device="cpu").tolist(), strict=True):
             row["seed"] = seed
+    if width > 1 and generation_config.forced_bos_token_id is not None:  # for a length of 1, padding included
+        settings["forced_bos_token_id"] = None
     if generation_config.min_length:  # which counts padding
         for row, prompt in zip(own, prompts, strict=True):
             row["min_length"] = max(0, generation_config.min_length - width + len(prompt))

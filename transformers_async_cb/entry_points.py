@@ -244,7 +244,7 @@ def run_batch(
         init = init | {"continuous_batching_config": replace(batching, seed=seed)}
 
         def choose(requests: list[Request]) -> list[Request]:
-            return journal.begin(requests, seed, manager.model_digest())
+            return journal.begin(requests, seed, manager.model_digest(), batching.return_logprobs)
 
     cached: AsyncBatchingManager | None = getattr(model, CACHED, None)
     try:

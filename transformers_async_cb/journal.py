@@ -65,18 +65,19 @@ class Journal:
         """The run's, `None` if it is new."""
         return None if self._header is None else self._header["seed"]
 
-    def begin(self, requests: list[Request], seed: int, weights: tuple) -> list[Request]:
+    def begin(self, requests: list[Request], seed: int, weights: tuple, return_logprobs: bool) -> list[Request]:
         """Begin this run, or go on with it; returns the requests that are not finished.
 
         Args:
             requests (`list[Request]`): all of the run, checked.
             seed (`int`): from which theirs are derived.
             weights (`tuple`): a digest of the model's.
+            return_logprobs (`bool`): whether results have the log-probabilities that transformers' setting asks for.
 
         Raises:
             ValueError: the folder has another run; the message says what differs.
         """
-        run = {"model": _digest([repr(weights)])}
+        run = {"model": _digest([repr(weights)]), "return_logprobs": _digest([repr(bool(return_logprobs))])}
         for field in dataclasses.fields(Request):
             if field.name not in _NOT_THE_RUN:
                 name = {"tokens": "prompts", "id": "request ids"}.get(field.name, field.name)

@@ -45,7 +45,7 @@ def one_by_one(inputs: Any, attention_mask: Any = None) -> Sequence[Prompt]:
     if attention_mask is None:
         return inputs
     if isinstance(attention_mask, torch.Tensor):
-        attention_mask = attention_mask.cpu()
+        attention_mask = attention_mask.float().cpu()  # numpy has no bfloat16
     if len(attention_mask) != len(inputs):
         raise ValueError(f"attention_mask has {len(attention_mask)} rows for {len(inputs)} prompts")
     return [_unpadded(f"inputs[{i}]", *row) for i, row in enumerate(zip(inputs, attention_mask, strict=True))]

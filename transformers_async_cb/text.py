@@ -57,7 +57,8 @@ class AnswerText:
         new = text[len(self._known) : len(text) - held_back] if last or overdue or not unfinished else ""
         if new or overdue:
             self._held += new
-            self._tokens = self._tokens[self._known_tokens :]
+            silent = not unfinished and text == self._known  # the next token's text still depends on the known ones
+            self._tokens = self._tokens[: self._known_tokens] if silent else self._tokens[self._known_tokens :]
             self._known_tokens = len(self._tokens)
             known = self._decode(self._tokens)
             self._known = known[: len(known) - held_back]
