@@ -178,3 +178,9 @@ def test_with_hardly_any_tokens_answer_what_generate_does() -> None:
             )  # fmt: skip
             prompts = [[1], [0, 1, 1, 0]]
             assert says(model, prompts=prompts) == should_say(model, prompts)
+
+
+def test_whose_config_holds_what_json_does_not_are_compared_all_the_same() -> None:
+    model = new_model("llama")
+    model.config.scale = torch.ones(3)
+    assert says(model, ON_PAGES) == should_say(model)

@@ -223,7 +223,7 @@ def _digest(loan: ModelLoan, settings: EngineSettings) -> str:
     """Of all that decides whether a model passes."""
     model = loan.model
     of_it = (
-        type(model).__module__, type(model).__qualname__, model.config.to_json_string(use_diff=False),
+        type(model).__module__, type(model).__qualname__, repr(model.config.to_dict()),
         sorted({f"{type(p).__name__} {p.dtype}" for p in model.parameters()}), str(loan.autocast),
         loan.device.type, settings.mode.name, settings.backend, settings.page_size,
         transformers.__version__, torch.__version__, __version__,
