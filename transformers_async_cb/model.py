@@ -34,7 +34,7 @@ _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "sc
 _PLAIN = (bool, int, float, str)
 
 # Whose functions do to a model what we have seen them do.
-_LIBRARIES = ("transformers", "accelerate", "peft")
+_LIBRARIES = ("transformers", "accelerate")
 
 # Tokens of the trial run, and how far off what must be alike may be.
 _TRIAL_TOKENS = 40
