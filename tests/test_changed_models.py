@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import VOCABULARY, generate_alone, greedy, new_model, random_model
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import CompileConfig, LlamaForCausalLM, PreTrainedModel
 
 from transformers_async_cb import AsyncBatchingConfig
 
@@ -144,6 +144,14 @@ def test_that_are_compiled_as_a_whole_run_on_pages_and_stay_compiled(compile_it:
     compiled = model._compiled_call_impl, model.model._compiled_call_impl, vars(model).get("forward")
     assert says(model, ON_PAGES) == should_say(new_model("llama"))
     assert compiled == (model._compiled_call_impl, model.model._compiled_call_impl, vars(model).get("forward"))
+
+
+def test_whose_settings_have_generate_compile_them_run_on_pages() -> None:
+    model = new_model("llama")
+    expected = should_say(model)
+    model.generation_config.cache_implementation = "static"
+    model.generation_config.compile_config = CompileConfig()
+    assert says(model, ON_PAGES) == expected
 
 
 @pytest.mark.parametrize("overlap", [True, False])
