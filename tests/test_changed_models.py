@@ -129,6 +129,23 @@ def compile_forward(model: PreTrainedModel) -> None:
     model.forward = torch.compile(model.forward, backend="eager")
 
 
+def test_whose_modules_were_replaced_are_compared_though_their_like_has_passed() -> None:
+    class Steered(torch.nn.Module):
+        """Steers answers and spares prompts."""
+
+        def __init__(self, mlp: torch.nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return self.mlp(states) * (2 if states.shape[1] == 1 else 1)
+
+    model = new_model("llama")
+    before = says(model, ON_PAGES)
+    model.model.layers[0].mlp = Steered(model.model.layers[0].mlp)
+    assert says(model) == should_say(model) != before
+
+
 @pytest.mark.parametrize(
     "compile_it",
     [

@@ -35,8 +35,8 @@ from .tables import PageTables
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-# What passed, by class and digest: of this process, and of others where a check took longer than so many seconds.
-_passed: set[tuple[type, str]] = set()
+# What passed, by classes and digest: of this process, and of others where a check took longer than so many seconds.
+_passed: set[tuple[frozenset[type], str]] = set()
 FILE = Path(HF_HOME) / "transformers_async_cb" / "checked.json"
 WORTH_NOTING = 0.5
 
@@ -81,9 +81,9 @@ class _NotingStateRunner(_Noting, StateRunner):
 def check(
     loan: ModelLoan, found: Found, settings: EngineSettings, resolve: Callable[[], tuple[Found, EngineSettings]]
 ) -> None:
-    """Compare, unless a model of this class and config has passed before. One that has functions of the user's is
-    always compared, and other processes are trusted with the classes of transformers alone: of others, the code may
-    have changed.
+    """Compare, unless a model of such modules and this config has passed before. One that has functions of the user's
+    is always compared, and other processes are trusted with the classes of transformers and torch alone: of others,
+    the code may have changed.
 
     Two prompts are computed, one in two chunks if it may be cut, then a few tokens decoded, on a small cache of the
     check's own. Where the device can compute that many tokens in about a second, they go beyond each window. A model
@@ -100,10 +100,10 @@ def check(
         NotPaged: the logits differ.
     """
     begin, rounds = time.perf_counter(), loan.rounds
-    kind, digest = type(loan.model), _digest(loan, settings)
+    classes, digest = frozenset(map(type, loan.model.modules())), _digest(loan, settings)
     as_written = not loan.users_functions()
-    shared = as_written and kind.__module__.startswith("transformers.")
-    if as_written and ((kind, digest) in _passed or (shared and digest in _read_file())):
+    shared = as_written and all(each.__module__.partition(".")[0] in ("transformers", "torch") for each in classes)
+    if as_written and ((classes, digest) in _passed or (shared and digest in _read_file())):
         return
     try:
         _compare(loan, found, settings, _CLOSE_ROUNDED if rounds else _CLOSE)
@@ -119,7 +119,7 @@ def check(
         finally:
             resolve()  # what the loan has noted of the model is of its dtype again
     if as_written:
-        _passed.add((kind, digest))
+        _passed.add((classes, digest))
     if shared and time.perf_counter() - begin > WORTH_NOTING:
         _write_file(digest)
 
@@ -223,7 +223,8 @@ def _digest(loan: ModelLoan, settings: EngineSettings) -> str:
     """Of all that decides whether a model passes."""
     model = loan.model
     of_it = (
-        type(model).__module__, type(model).__qualname__, repr(model.config.to_dict()),
+        [(name, type(m).__module__, type(m).__qualname__) for name, m in model.named_modules()],
+        model.config.to_dict(),
         sorted({f"{type(p).__name__} {p.dtype}" for p in model.parameters()}), str(loan.autocast),
         loan.device.type, settings.mode.name, settings.backend, settings.page_size,
         transformers.__version__, torch.__version__, __version__,
