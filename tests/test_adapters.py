@@ -10,6 +10,7 @@ import torch
 from conftest import generate_alone, greedy, new_model
 from transformers import PreTrainedModel
 
+import transformers_async_cb
 from transformers_async_cb import AsyncBatchingConfig
 
 
@@ -116,3 +117,25 @@ def test_that_magnitudes_and_trained_heads_are_part_of_are_seen(own, without) ->
     model = peft.get_peft_model(new_model("llama"), lora(use_dora=True, modules_to_save=["lm_head"])).eval()
     assert says(model, own) == should_say(model) != without
     model.destroy_cached_continuous_batching_manager()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_that_are_virtual_tokens_are_those_of_generate_with_the_engine(kind: str) -> None:
+    torch.manual_seed(0)
+    new_model("llama").generate_batch(
+        [PROMPT], generation_config=greedy(LIMIT), async_batching=True
+    )  # passes the check
+    model = peft.get_peft_model(
+        new_model("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).eval()
+    ids = torch.tensor([PROMPT])
+
+    def ask(**how: Any) -> torch.Tensor:
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy(LIMIT), **how
+        )
+
+    try:
+        assert ask(custom_generate=transformers_async_cb.generate).tolist() == ask().tolist()
+    finally:
+        model.destroy_cached_continuous_batching_manager()

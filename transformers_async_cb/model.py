@@ -6,7 +6,7 @@ import copy
 import inspect
 import math
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 import torch
@@ -29,6 +29,12 @@ _NOT_WORTH_COMPILING = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.Mod
 
 # Attributes in which PEFT keeps what its layers do.
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+# Types of attributes that are compared by value.
+_PLAIN = (bool, int, float, str)
+
+# Whose functions do to a model what we have seen them do.
+_LIBRARIES = ("transformers", "accelerate")
 
 # Tokens of the trial run, and how far off what must be alike may be.
 _TRIAL_TOKENS = 40
@@ -123,6 +129,7 @@ class ModelLoan:
         self._shapes: dict[Place, LayerShape] = {}
         self._compiled: dict[nn.Module, object] = {}  # and what they were before
         self._compiled_calls: dict[nn.Module, object] = {}  # made once: it takes a while to make them
+        self._compiled_by_user: list[tuple[nn.Module, str, object]] = []
         self._products: Products | None = None
         self.autocast: torch.dtype | None = None
         self.out = self.dropped = False
@@ -214,6 +221,7 @@ class ModelLoan:
                     setattr(module, name, copy.deepcopy(value, copies))
         if not self.paged:
             return
+        self._run_uncompiled()
         name = type(self.model).__name__
         try:
             if self.not_batched:
@@ -232,11 +240,27 @@ class ModelLoan:
             self.give_back()
             raise
 
+    def _run_uncompiled(self) -> None:
+        """Run modules that the user has compiled (`model.compile()`, `model.forward = torch.compile(model.forward)`)
+        as they are written, until the model is given back: compiled as a whole, a model makes its masks out of our
+        sight, and would be compiled anew for pages. The engine compiles layers itself."""
+        for module in self.model.modules():
+            compiled = {"_compiled_call_impl": None}
+            if (written := getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)) is not None:
+                compiled["forward"] = written
+            for name, as_written in compiled.items():
+                if (before := getattr(module, name)) is not None:
+                    self._compiled_by_user.append((module, name, before))
+                    setattr(module, name, as_written)
+
     def give_back(self) -> None:
         if not self.out:
             return
         self.out = False
         self.run_as_written()
+        for module, name, compiled in self._compiled_by_user:
+            setattr(module, name, compiled)
+        self._compiled_by_user.clear()
         if self._products is not None:
             self._products.remove()
         for module in self._layers:
@@ -309,6 +333,9 @@ class ModelLoan:
                 last = torch.tensor([chosen.shape[1] - 1], device=self.device)
                 with probing() as probe, noting_inputs(self.model) as groups:
                     logits = self.forward(ids, chosen, last)
+                if len(logits) != len(last):  # a forward that takes it and does nothing with it
+                    self.takes_logits_to_keep = False
+                    logits = logits[last]
                 seen.append([*probe.inputs, logits])
         off = max(difference(other, one) for one, other in zip(*seen, strict=True))
         return probe, groups, off
@@ -369,15 +396,29 @@ class ModelLoan:
         return was_compiled
 
     def baked_in(self) -> list:
-        """What a captured step cannot see change: where the weights lie, the functions hooked to the modules, and
-        which of its adapters (PEFT) a module uses."""
+        """What a captured step cannot see change: where the weights lie, the functions hooked to the modules, the
+        numbers and switches by which they go, and which of its adapters (PEFT) a module uses."""
         storages = [tensor.data_ptr() for tensor in weights.stored(self.model)]
         hooks = [
             (type(m), vars(m).get("forward"), *m._forward_hooks.values(), *m._forward_pre_hooks.values())
             for m in self.model.modules()
         ]
         adapters = [repr([vars(m).get(name) for name in _ADAPTER_STATE]) for m in self.model.modules()]
-        return storages + hooks + adapters
+        numbers = [
+            {name: value for name, value in vars(m).items() if type(value) in _PLAIN and name != attention.TURN}
+            for m in self.model.modules()
+        ]
+        return storages + hooks + adapters + numbers
+
+    def users_functions(self) -> list[Callable]:
+        """What a user has hooked to the modules, or put in the place of their methods: nobody knows what it does."""
+        found = []
+        for module in self.model.modules():
+            found += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            found += [
+                v for name, v in vars(module).items() if callable(v) and callable(getattr(type(module), name, None))
+            ]
+        return [function for function in found if not _is_of_a_library(function)]
 
     def weights(self) -> tuple:
         """See `weights.digest`."""
@@ -421,12 +462,12 @@ class ModelLoan:
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
     def form(self) -> list:
-        """What an engine is built for: modules, the shape, type and place of each weight, where they compute, and
-        autocast."""
+        """What an engine is built for: the config, modules, the shape, type and place of each weight, where they
+        compute, autocast, and what the user has put in."""
         modules = [
             (type(m), *((p.shape, p.dtype, p.device) for p in m.parameters(False))) for m in self.model.modules()
         ]
-        return [self.autocast, self.placement, *modules]
+        return [self.autocast, self.placement, repr(self.model.config.to_dict()), *modules, *self.users_functions()]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of the packed tokens at `keep` `[R]`; `ids` and `positions` are `[1, T]`."""
@@ -438,6 +479,12 @@ class ModelLoan:
         with self.autocasting():
             logits = self.model(input_ids=ids, position_ids=positions, use_cache=False, **kept).logits[0]
         return logits if self.takes_logits_to_keep else logits[keep]
+
+
+def _is_of_a_library(function: Callable) -> bool:
+    """Whether it was written there, whatever it wraps."""
+    function = getattr(function, "func", function)  # of a partial
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] in _LIBRARIES
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -122,7 +122,7 @@ class Opening:
         Raises:
             ValueError: they do not.
         """
-        token = _some_tokens(1, self._loan.device)
+        token = _some_tokens(1, self._loan)
         with trial(self._model, _TRIED, ValueError):
             alone, ids = self._some_sequence(_SHORT)
             expected = [alone.advance(each) for each in (ids, token, token)]
@@ -149,7 +149,7 @@ class Opening:
 
     def _some_sequence(self, length: int) -> tuple[Sequence, torch.Tensor]:
         """A sequence that begins with so many tokens, or whose encoder reads so many; and what it begins with."""
-        ids = _some_tokens(length, self._loan.device)
+        ids = _some_tokens(length, self._loan)
         if not self._model.config.is_encoder_decoder:
             return self.begin(length), ids
         return self.begin_with(ModelInputs({}, ids[0].cpu().numpy()), ids[:, :1]), ids[:, :1]
@@ -160,7 +160,7 @@ class Opening:
         Raises:
             NotImplementedError: there is more than can be prepared anew for other tokens.
         """
-        ids = _some_tokens(_SHORT, self._loan.device)
+        ids = _some_tokens(_SHORT, self._loan)
         _, begun = self._prepared({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         tensors = {name for name, value in begun.items() if isinstance(value, torch.Tensor)}
         if unknown := sorted(tensors - {"position_ids", "attention_mask"}):
@@ -190,9 +190,9 @@ class Opening:
         return ids, begun
 
 
-def _some_tokens(count: int, device: torch.device) -> torch.Tensor:
-    """Token ids `[1, count]`; the first two are often for padding."""
-    return torch.arange(count, device=device)[None] % 2 + 2
+def _some_tokens(count: int, loan: ModelLoan) -> torch.Tensor:
+    """Token ids `[1, count]`; the first two are often for padding, and left out if there are others."""
+    return (torch.arange(count, device=loan.device)[None] % 2 + 2) % loan.vocabulary
 
 
 def tensors_of(value: object, seen: set[int] | None = None) -> Iterable[torch.Tensor]:

@@ -40,10 +40,11 @@ _HONOURED = {
 } | LOGITS_FIELDS  # fmt: skip
 _WITHOUT_EFFECT = {
     "bos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache", "cache_implementation", "cache_config",
-    "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "transformers_version",
-    "continuous_batching_config", "num_assistant_tokens", "num_assistant_tokens_schedule", "diversity_penalty",
-    "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "assistant_early_exit",
-    "max_matching_ngram_size", "is_assistant", "generation_kwargs", "prefill_chunk_size", "low_memory",
+    "return_dict_in_generate", "early_stopping", "length_penalty", "disable_compile", "compile_config",
+    "transformers_version", "continuous_batching_config", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "diversity_penalty", "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
+    "assistant_early_exit", "max_matching_ngram_size", "is_assistant", "generation_kwargs", "prefill_chunk_size",
+    "low_memory",
 }  # fmt: skip
 # What `generate` takes for a field that nobody has set, and other values that ask for nothing.
 _NEUTRAL: dict[str, tuple] = {

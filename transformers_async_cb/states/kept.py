@@ -153,7 +153,7 @@ class Kept:
     # ------------------------------------------------------------------------------------------------ trial
 
     def _try_out(self, begun: dict[str, Any]) -> None:
-        ids = torch.arange(_TRIAL_TOKENS, device=self.device)[None] % 2 + 2
+        ids = (torch.arange(_TRIAL_TOKENS, device=self.device)[None] % 2 + 2) % self._loan.vocabulary
         inputs = self._model.prepare_inputs_for_generation(
             ids, is_first_iteration=True, next_sequence_length=None, **copy.deepcopy(begun)
         )
