@@ -80,16 +80,31 @@ def test_between_calls_of_a_kept_manager_are_seen(new: Callable, change: Callabl
         model.destroy_cached_continuous_batching_manager()
 
 
-def test_in_nothing_but_their_attention_keep_the_engine() -> None:
+def test_in_nothing_that_counts_keep_the_engine() -> None:
     model, engines = new_model("llama"), set()
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
+        model.config.use_cache = attention == "sdpa"  # trainers turn it off
         with model.continuous_batching_context_manager(
             greedy(LIMIT), async_batching=True, persistent_manager=True
         ) as manager:
             engines.add(manager._engine)
     assert len(engines) == 1
     manager.destroy()
+
+
+def test_by_their_config_in_a_pause_end_the_manager_with_the_reason() -> None:
+    model = new_model("mistral")
+    manager = model.init_continuous_batching(greedy(LIMIT), async_batching=True)
+    manager.start()
+    said = manager.get_result(manager.add_request(PROMPTS[0])).generated_tokens
+    with pytest.raises(RuntimeError, match="the model's config was changed in a pause"), manager.pause():
+        asked = manager.add_request(PROMPTS[0])
+        narrow_window(model)
+    assert manager.get_result(asked).error is not None
+    manager.stop()
+    assert says(model) == should_say(model)
+    assert says(model)[0] != said
 
 
 def shifted(ids: torch.Tensor) -> torch.Tensor:

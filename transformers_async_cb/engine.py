@@ -68,7 +68,7 @@ class Engine:
 
     def __init__(self, loan: ModelLoan, found: dict | Kept | Opening, settings: EngineSettings) -> None:
         self.settings = settings
-        self._form = loan.form()
+        self._form, self._stated = loan.form(), loan.settings()
         self._loan = loan
         self.depth = Lanes.DEPTH if settings.overlap else 1
         rows = Rows(settings.rows, settings.logprobs)
@@ -95,7 +95,13 @@ class Engine:
         return self.lanes.alive and self._loan.form() == self._form and self.settings.fit(workload)
 
     def attach(self) -> None:
-        """Take up the model, which may not be what it was: then what pages hold is not what it would compute."""
+        """Take up the model, which may not be what it was: then what pages hold is not what it would compute.
+
+        Raises:
+            RuntimeError: its config is not.
+        """
+        if self._loan.settings() != self._stated:
+            raise RuntimeError("the model's config was changed in a pause: stop the manager, and start it again")
         void = self.runner.attach()
         weights = self._loan.weights() if self.settings.reuse or self.settings.host_pages else None
         if void or weights != self._weights:

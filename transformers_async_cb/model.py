@@ -30,6 +30,9 @@ _NOT_WORTH_COMPILING = (nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.Mod
 # Attributes in which PEFT keeps what its layers do.
 _ADAPTER_STATE = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 
+# Fields of a config that say what a forward pass returns.
+_SWITCHES = frozenset({"use_cache", "output_attentions", "output_hidden_states", "return_dict"})
+
 # Types of attributes that are compared by value.
 _PLAIN = (bool, int, float, str)
 
@@ -467,7 +470,16 @@ class ModelLoan:
         modules = [
             (type(m), *((p.shape, p.dtype, p.device) for p in m.parameters(False))) for m in self.model.modules()
         ]
-        return [self.autocast, self.placement, repr(self.model.config.to_dict()), *modules, *self.users_functions()]
+        return [self.autocast, self.placement, self.settings(), *modules, *self.users_functions()]
+
+    def settings(self) -> str:
+        """What the config says, but for switches that trainers turn on and off and that change no token."""
+
+        def telling(values: dict) -> dict:
+            told = {name: value for name, value in values.items() if name not in _SWITCHES}
+            return {name: telling(value) if isinstance(value, dict) else value for name, value in told.items()}
+
+        return repr(telling(self.model.config.to_dict()))
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Logits `[R, V]` of the packed tokens at `keep` `[R]`; `ids` and `positions` are `[1, T]`."""
