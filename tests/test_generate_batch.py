@@ -556,11 +556,13 @@ class TestPromptsThatBeginAlike:
                 weight.data = weight.data * 1.5
             else:
                 model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, args, out: out * 1.5)
-        reused = getattr(model, CACHED)._engine.scheduler.admission.reused
+        engine = getattr(model, CACHED)._engine
+        reused = engine.scheduler.admission.reused
         expected = self.expected(model)
         tokens, reused_again = self.generated(model)
+        before = reused if getattr(model, CACHED)._engine is engine else 0
         assert tokens == expected
-        assert reused_again - reused == reused, "as in the first call: the first prompt had to be computed again"
+        assert reused_again - before == reused, "as in the first call: the first prompt had to be computed again"
         model.destroy_cached_continuous_batching_manager()
 
     def test_follow_weights_that_change_in_a_pause(self):
