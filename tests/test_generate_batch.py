@@ -303,6 +303,15 @@ class TestRequestsThatCannotFit:
         assert output.generated_tokens == reference(model, prompt, greedy(13))
 
 
+def test_a_config_in_the_place_of_block_is_refused() -> None:
+    """Of `init_continuous_batching` the second argument is a config, of the context manager it is not."""
+    with (
+        pytest.raises(ValueError, match="block must be True or False, got ContinuousBatchingConfig"),
+        shared_model("llama").continuous_batching_context_manager(greedy(4), batching(), async_batching=True),
+    ):
+        pass
+
+
 class TestSettingsOfASingleRequest:
     @OVERLAP
     def test_hold_for_it_alone(self, overlap: bool) -> None:

@@ -31,7 +31,7 @@ def compiling(device: torch.device) -> Generator[None]:
     with ExitStack() as settings:
         settings.enter_context(torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS))
         if device.type == "cuda" and hasattr(torch._inductor.config, "combo_kernels"):
-            # What has to be done to queries and to keys becomes one kernel: 2 to 4 % more tokens of a small model.
+            # What has to be done to queries and to keys becomes one kernel: 2 to 4 % more tokens of 0.6B on an H100.
             settings.enter_context(torch._inductor.config.patch(combo_kernels=True))
         if starts_early(device):
             settings.enter_context(torch._inductor.config.patch({"triton.enable_pdl": True}))
